@@ -1,0 +1,71 @@
+# Everything runs in one virtual environment, .venv, which make creates and fills by itself.
+# `demo` installs only what the command line needs; `test` adds torch, the optional clients and the tools.
+# An install runs again only when pyproject.toml or the pinned versions change.
+
+PYTHON ?= python3
+ARGS ?= --tokens 2000 --blocks 8 --block-tokens 128 --hidden 3584 --dtype bfloat16
+WORKERS ?= 2
+
+BIN := .venv/bin
+PINS := tests/constraints.txt
+PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input install -c $(PINS)
+TEST_EXTRAS := test,dev,torch,redis,etcd,metrics
+
+# pyright: the node that was installed with it, and no word about newer releases.
+export PYRIGHT_PYTHON_GLOBAL_NODE := 0
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check coverage clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.stamp-demo ## run the demo; other sizes with: make demo ARGS="--tokens 500 ..."
+	$(BIN)/kvpoll demo $(ARGS)
+
+test: check coverage ## all static checks, all tests, the coverage gates
+
+check: .venv/.stamp-test ## static checks: style, types, imports, wheel contents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	rm -rf build/wheel && $(BIN)/python -m build -w -n -o build/wheel . >/dev/null && $(BIN)/check-wheel-contents build/wheel
+
+# The pure modules, as kvpoll_fsm/poll.py,...: the import contract in pyproject.toml lists them.
+PURE = $$($(BIN)/python -c "from importlinter.api import read_configuration as conf; \
+	pure = next(c for c in conf()['contracts_options'] if c['id'] == 'pure'); \
+	print(','.join(m.replace('.', '/') + '.py' for m in pure['source_modules']))")
+
+coverage: .venv/.stamp-test ## all tests, then the coverage gates: 95% for pure modules, 90% for all
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(WORKERS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --include="$(PURE)" --fail-under=95
+	$(BIN)/coverage report --fail-under=90
+
+clean: ## remove everything that make and the tools made, .venv included
+	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 comes without ensurepip: install what is missing where that is possible, else say so.
+.venv/.stamp-venv:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'installing python3-venv' \
+	     && apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install python3-venv >/dev/null; } \
+	|| { echo 'Python cannot make virtual environments: as root, apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(PIP) hatchling # --no-build-isolation below builds with this one, pinned like the rest
+	@touch $@
+
+.venv/.stamp-demo: pyproject.toml $(PINS) | .venv/.stamp-venv
+	$(PIP) --no-build-isolation -e '.[cli]'
+	@touch $@
+
+# What the tests install contains what the demo needs: both stamps.
+.venv/.stamp-test: pyproject.toml $(PINS) | .venv/.stamp-venv
+	$(PIP) --no-build-isolation -e '.[$(TEST_EXTRAS)]'
+	@touch .venv/.stamp-demo $@

@@ -1,0 +1,71 @@
+"""What can happen to a room's lifecycle.
+
+Seven kinds, all plain frozen values. `PartDone` is the one whose flags decide the destination; the rows
+that read them are in `kvpoll_fsm.lifecycle`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+__all__ = [
+    "FAILING",
+    "Aborted",
+    "Bootstrapped",
+    "DeadlinePassed",
+    "LifecycleEvent",
+    "PartDone",
+    "PeerLost",
+    "ProtocolError",
+    "Resumed",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrapped:
+    """Every required rank has granted blocks for part 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """One part has an outcome on every required rank.
+
+    Attributes:
+        is_last: This part completes the room. Derived from sent + part == total, never passed through.
+        all_ok: Every required rank acknowledged the part.
+    """
+
+    is_last: bool
+    all_ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Every required rank has granted blocks for the next part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """Somebody gave the room up."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The other endpoint's incarnation is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The gate the room waited at did not open in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolError:
+    """The peer did something the protocol does not allow, or this side met a bug of its own."""
+
+
+LifecycleEvent = Union[Bootstrapped, PartDone, Resumed, Aborted, PeerLost, DeadlinePassed, ProtocolError]
+
+FAILING: tuple[LifecycleEvent, ...] = (Aborted(), PeerLost(), DeadlinePassed(), ProtocolError())
+"""The events that end any live room as Failed."""

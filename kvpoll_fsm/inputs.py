@@ -1,0 +1,258 @@
+"""What sessions are fed. Plain frozen values, each an answer to a command or something that happened.
+
+Ids, time and randomness are in here, never made by a session.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+from kvpoll_fsm.deadlines import Gate
+from kvpoll_fsm.errors import Failure, FailureCode
+from kvpoll_fsm.messages import Message
+
+__all__ = [
+    "AbortRoom",
+    "BeatReceived",
+    "CopiedOut",
+    "Crashed",
+    "Fenced",
+    "GrantQueued",
+    "GrantRefused",
+    "Granted",
+    "HostAlive",
+    "Input",
+    "MessageReceived",
+    "PartWritten",
+    "PeerGone",
+    "Preflighted",
+    "Progress",
+    "RankQuiesced",
+    "ReleasePart",
+    "ResumeWith",
+    "RevokeGrant",
+    "Start",
+    "Supplied",
+    "TimerFired",
+    "Verified",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The host opened the room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """The sender's host: `ready_tokens` of `total_tokens` can be sent.
+
+    Attributes:
+        staged: The data is in the host's tensors and goes through leased source blocks.
+    """
+
+    total_tokens: int
+    ready_tokens: int
+    staged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeWith:
+    """The receiver's host grants these blocks for the next part (`manual`)."""
+
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePart:
+    """The receiver's host has no more use for the blocks of a committed part (`manual`)."""
+
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRoom:
+    """The host gives the room up."""
+
+    detail: str
+    code: FailureCode = FailureCode.Aborted
+
+
+@dataclass(frozen=True, slots=True)
+class HostAlive:
+    """The host process has shown a sign of life; renews what waits for the host itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A room message the channel of `conn` delivered."""
+
+    conn: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class BeatReceived:
+    """The other side's heartbeat for this room."""
+
+    rank: int
+    gate: Gate
+    bytes_done: int
+    host_alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """Connection `conn` has ended for good; `code` is why."""
+
+    conn: int
+    detail: str
+    code: FailureCode = FailureCode.PeerLost
+
+
+@dataclass(frozen=True, slots=True)
+class Preflighted:
+    """The answer to Preflight."""
+
+    rank: int
+    conn: int
+    transport: str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Blocks are leased for `part`.
+
+    Attributes:
+        tokens: What they hold.
+        tokens_by_transport: For a receiver, the transports' tokens; empty for a sender.
+    """
+
+    part: int
+    blocks: tuple[int, ...]
+    tokens: int
+    tokens_by_transport: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GrantQueued:
+    """No block is free; Granted will follow."""
+
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRefused:
+    """No block is free and waiting was not wanted, or the request can never be met."""
+
+    part: int
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeGrant:
+    """Earlier rooms wait for blocks: give back what this room was granted and has not used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes of the current part that have landed, over all ranks."""
+
+    part: int
+    bytes_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartWritten:
+    """The writes of a part to one rank have ended. Comes exactly once per target of a StartPart.
+
+    Attributes:
+        ok: Every byte is in the destination's memory.
+        quiescent: No write can land any more (always so when `ok`).
+        source_free: The source is not read any more.
+    """
+
+    rank: int
+    part: int
+    transport: str
+    ok: bool
+    quiescent: bool = True
+    source_free: bool = True
+    detail: str = ""
+    checksum: bytes | None = None
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankQuiesced:
+    """A write to `rank` that had ended without quiescence can land no more."""
+
+    rank: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The answer to Verify; `failure` is None if the checksum is right."""
+
+    part: int
+    failure: tuple[FailureCode, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedOut:
+    """The answer to CopyOut; `part` is the last of those copied."""
+
+    part: int
+    failure: tuple[FailureCode, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """No byte lands in the blocks of `part` any more."""
+
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer set by SetTimer; one with a stale epoch is ignored."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """Carrying out a command raised; only this room fails."""
+
+    detail: str
+
+
+Input = Union[
+    Start,
+    Supplied,
+    ResumeWith,
+    ReleasePart,
+    AbortRoom,
+    HostAlive,
+    MessageReceived,
+    BeatReceived,
+    PeerGone,
+    Preflighted,
+    Granted,
+    GrantQueued,
+    GrantRefused,
+    RevokeGrant,
+    Progress,
+    PartWritten,
+    RankQuiesced,
+    Verified,
+    CopiedOut,
+    Fenced,
+    TimerFired,
+    Crashed,
+]

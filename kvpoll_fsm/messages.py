@@ -1,0 +1,331 @@
+"""What two endpoints say to each other, and the only codec for it.
+
+A packet is one MessagePack map, tagged by `kind`: `Hello` and `Welcome` introduce two incarnations to each
+other, `Frame` carries sequenced room messages between them, `Stranger` answers a frame that was meant for
+an incarnation that is not here. Everything is bounded; `decode` raises nothing but `MalformedMessage` and
+`UnsupportedVersion`. A field a newer peer adds is ignored as long as it is optional.
+
+Each room message names both generations. 0 stands for one the sender of the message does not know yet.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Union
+
+import msgspec
+from msgspec import Meta
+
+from kvpoll_fsm.errors import Failure, MalformedMessage, UnsupportedVersion
+from kvpoll_fsm.poll import KVPoll
+
+__all__ = [
+    "MAX_PACKET_NBYTES",
+    "PROTOCOL",
+    "Abort",
+    "Beat",
+    "BlockGrant",
+    "Bye",
+    "FieldSpec",
+    "Frame",
+    "Hello",
+    "Message",
+    "Opened",
+    "Packet",
+    "PartAck",
+    "PartOutcome",
+    "PartReport",
+    "Quiesced",
+    "Reserve",
+    "Resume",
+    "Stranger",
+    "TransportOffer",
+    "Welcome",
+    "Withdraw",
+    "Withdrawn",
+    "decode",
+    "encode",
+]
+
+PROTOCOL = (1, 1)
+"""The lowest and the highest protocol version this code speaks."""
+MAX_PACKET_NBYTES = 1 << 22
+MAX_ROOM = (1 << 63) - 1
+MAX_BLOCKS_PER_GRANT = 1 << 16
+MAX_MESSAGES_PER_FRAME = 256
+MAX_BEATS_PER_FRAME = 4096
+MAX_RANKS = 4096
+
+Room = Annotated[int, Meta(ge=0, le=MAX_ROOM)]
+Rank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
+Ranks = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+Count = Annotated[int, Meta(ge=0, le=MAX_ROOM)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_ROOM)]
+Part = Annotated[int, Meta(ge=0, lt=1 << 31)]
+BlockId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Incarnation = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Token = Annotated[bytes, Meta(max_length=1024)]
+
+
+class FieldSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A layout field as a peer declares it."""
+
+    name: Name
+    dtype: Annotated[str, Meta(max_length=32)]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 40)], ...], Meta(max_length=16)]
+    per_room: bool
+
+
+class TransportOffer(msgspec.Struct, frozen=True):
+    """A transport the peer can be written through: how to connect, and its registered regions."""
+
+    name: Name
+    descriptor: Annotated[bytes, Meta(max_length=1 << 16)]
+    regions: Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=64)] = ()
+
+
+class BlockGrant(msgspec.Struct, frozen=True):
+    """Blocks one rank gives to one part. One part consumes one grant.
+
+    Attributes:
+        part: The part it is for.
+        tokens: How many tokens the blocks hold.
+        blocks: Block ids in token order; any order, not necessarily neighbours.
+        tokens_by_transport: For each transport offered, the token that admits writes to exactly these.
+    """
+
+    part: Part
+    tokens: Positive
+    blocks: Annotated[tuple[BlockId, ...], Meta(min_length=1, max_length=MAX_BLOCKS_PER_GRANT)]
+    tokens_by_transport: Annotated[dict[Name, Token], Meta(min_length=1, max_length=16)]
+
+
+class _Introduction(msgspec.Struct, frozen=True, kw_only=True):
+    incarnation: Incarnation
+    min_version: Annotated[int, Meta(ge=0, le=1 << 16)]
+    max_version: Annotated[int, Meta(ge=0, le=1 << 16)]
+    fields: Annotated[tuple[FieldSpec, ...], Meta(max_length=64)] = ()
+    block_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] = 1
+    transports: Annotated[tuple[TransportOffer, ...], Meta(max_length=16)] = ()
+
+
+class Hello(_Introduction, frozen=True, tag_field="kind", tag="Hello"):
+    """The receiving endpoint introduces itself to the sending one. Repeated until welcomed.
+
+    This and `Welcome` keep their meaning in every protocol version.
+    """
+
+
+class Welcome(_Introduction, frozen=True, kw_only=True, tag_field="kind", tag="Welcome"):
+    """The answer to Hello; `answers` is the incarnation that said it."""
+
+    answers: Incarnation
+
+
+class _RoomMessage(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True, omit_defaults=True):
+    """Common to all room messages: which room, which receiver rank, which lives of it."""
+
+    room: Room
+    rank: Rank
+    sender_generation: Count = 0
+    receiver_generation: Count = 0
+
+
+class Reserve(_RoomMessage, frozen=True, tag="Reserve"):
+    """Receiver: rank `rank` of `ranks` is here. Sent again with a grant once blocks came free."""
+
+    ranks: Ranks
+    dummy: bool = False
+    grant: Union[BlockGrant, None] = None
+
+
+class Resume(_RoomMessage, frozen=True, tag="Resume"):
+    """Receiver: blocks for the next part. `sent_tokens` is what it has committed."""
+
+    sent_tokens: Count
+    grant: BlockGrant
+
+
+class Opened(_RoomMessage, frozen=True, tag="Opened"):
+    """Sender: all required ranks have granted. Binds the two generations to each other."""
+
+    required: Ranks
+    total_tokens: Union[Positive, None] = None
+
+
+class PartReport(_RoomMessage, frozen=True, tag="PartReport"):
+    """Sender: every byte of this part has landed at this rank and no write of it is in flight.
+
+    Attributes:
+        offset: First token.
+        tokens: Length in tokens.
+        total_tokens: Tokens of the whole room; totals travel in messages, never in buffers.
+        checksum: XXH3-128 over the part's bytes in field and token order, or None if off.
+    """
+
+    part: Part
+    offset: Count
+    tokens: Positive
+    total_tokens: Positive
+    is_last: bool
+    transport: Name
+    checksum: Union[Annotated[bytes, Meta(min_length=16, max_length=16)], None] = None
+
+
+class PartAck(_RoomMessage, frozen=True, tag="PartAck"):
+    """Receiver: the part is right (`failure` is None) or why it is not."""
+
+    part: Part
+    failure: Union[Failure, None] = None
+
+
+class PartOutcome(_RoomMessage, frozen=True, tag="PartOutcome"):
+    """Sender: the outcome of a part over all ranks. Only this moves a receiver on.
+
+    Attributes:
+        quiescent: No write of this room to this rank is in flight any more.
+    """
+
+    part: Part
+    is_last: bool
+    state: KVPoll
+    failure: Union[Failure, None] = None
+    quiescent: bool = True
+
+
+class Withdraw(_RoomMessage, frozen=True, tag="Withdraw"):
+    """Receiver: may I have the unused grant for this part back?"""
+
+    part: Part
+
+
+class Withdrawn(_RoomMessage, frozen=True, tag="Withdrawn"):
+    """Sender: the grant was unused and is forgotten (`ok`), or is in use by now."""
+
+    part: Part
+    ok: bool
+
+
+class Abort(_RoomMessage, frozen=True, tag="Abort"):
+    """Either side: the room has failed here, and why.
+
+    Attributes:
+        quiescent: From a sender: no write to this rank is in flight any more.
+    """
+
+    failure: Failure
+    quiescent: bool = False
+
+
+class Quiesced(_RoomMessage, frozen=True, tag="Quiesced"):
+    """Sender: no write of this room to this rank is in flight any more."""
+
+
+class Bye(msgspec.Struct, frozen=True, tag_field="kind", tag="Bye"):
+    """This incarnation ends; nothing follows."""
+
+
+Message = Union[
+    Reserve,
+    Resume,
+    Opened,
+    PartReport,
+    PartAck,
+    PartOutcome,
+    Withdraw,
+    Withdrawn,
+    Abort,
+    Quiesced,
+    Bye,
+]
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True):
+    """Where one room stands, said with every heartbeat. Not sequenced: the next one replaces it.
+
+    Attributes:
+        to_sender: The receiving end is the sender's side of the room.
+        gate: Name of the gate this side waits at.
+        bytes_done: Bytes of the room that have landed so far.
+        host_alive: The host process has called its endpoint lately; the driver alone does not count.
+    """
+
+    to_sender: bool
+    room: Room
+    rank: Rank
+    sender_generation: Count
+    receiver_generation: Count
+    gate: Annotated[str, Meta(max_length=32)]
+    bytes_done: Count
+    host_alive: bool
+
+
+class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="Frame", omit_defaults=True):
+    """Messages from one incarnation to another, `first_seq` being the number of the first.
+
+    Attributes:
+        outgoing: Sent by the side that said Hello. Each direction of Hello has a channel of its own.
+        ack: Every message up to this number has arrived.
+        beats: Heartbeat entries; a frame without any is a heartbeat of the endpoint all the same.
+    """
+
+    source: Incarnation
+    target: Incarnation
+    outgoing: bool
+    first_seq: Count = 0
+    ack: Count = 0
+    messages: Annotated[tuple[Message, ...], Meta(max_length=MAX_MESSAGES_PER_FRAME)] = ()
+    beats: Annotated[tuple[Beat, ...], Meta(max_length=MAX_BEATS_PER_FRAME)] = ()
+
+
+class Stranger(msgspec.Struct, frozen=True, tag_field="kind", tag="Stranger"):
+    """A frame came for incarnation `target`, which is not here (any more). Says who sent it."""
+
+    source: Incarnation
+    target: Incarnation
+
+
+Packet = Union[Hello, Welcome, Frame, Stranger]
+
+_decoder: msgspec.msgpack.Decoder[Packet] = msgspec.msgpack.Decoder(Packet)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(packet: Packet) -> bytes:
+    """The bytes of a packet."""
+    return _encoder.encode(packet)
+
+
+def decode(data: bytes | bytearray | memoryview) -> Packet:
+    """The packet in `data`.
+
+    Raises:
+        MalformedMessage: Too long, not MessagePack, an unknown kind, a missing field or a value out of bounds.
+        UnsupportedVersion: A Hello or Welcome that shares no protocol version with us.
+    """
+    if len(data) > MAX_PACKET_NBYTES:
+        raise MalformedMessage(f"a packet of {len(data)} bytes; at most {MAX_PACKET_NBYTES} are taken")
+    try:
+        packet = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"not a packet: {error}") from error
+    if isinstance(packet, (Hello, Welcome)):
+        negotiate(packet)
+    return packet
+
+
+def negotiate(theirs: Hello | Welcome, ours: tuple[int, int] = PROTOCOL) -> int:
+    """The highest protocol version both sides speak.
+
+    Raises:
+        UnsupportedVersion: There is none.
+    """
+    version = min(ours[1], theirs.max_version)
+    if version < max(ours[0], theirs.min_version):
+        raise UnsupportedVersion(ours, (theirs.min_version, theirs.max_version))
+    return version
+
+
+def to_builtins(packet: Packet | Message) -> Any:
+    """A packet or message as plain values, for traces."""
+    return msgspec.to_builtins(packet)

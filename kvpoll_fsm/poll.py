@@ -1,0 +1,33 @@
+"""The five states of a transfer, with the numbers that engines already reduce over."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["KVPoll"]
+
+
+class KVPoll(enum.IntEnum):
+    """Where one transfer stands.
+
+    The numbers are those engines put into their own all-reduce, so they never change. Inside this
+    library states are never compared as numbers: order between them comes from the rows in
+    `kvpoll_fsm.lifecycle` alone.
+    """
+
+    Failed = 0
+    Bootstrapping = 1
+    WaitingForInput = 2
+    Transferring = 3
+    Success = 4
+
+    @property
+    def is_terminal(self) -> bool:
+        """True for Success and Failed, which nothing leaves."""
+        return self is KVPoll.Success or self is KVPoll.Failed
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)

@@ -1,0 +1,278 @@
+"""What a transport must provide: one-sided writes between registered regions.
+
+Life of a write: the receiver registers its arenas (`register`), grants ranges to one part (`grant`) and
+sends the token to the sender, which connects (`connect`), submits writes under the token (`submit`) and
+learns by `completions()` how each ticket ended. The receiver ends a token with `revoke`, or `fence` where it
+must know that nothing more lands.
+
+Nothing here blocks and everything is called from one thread, the driver's, unless a method says otherwise.
+A transport may run threads or processes of its own; what they find out is handed over by `completions()`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Union, runtime_checkable
+
+__all__ = [
+    "MAX_TICKET_NBYTES",
+    "Capabilities",
+    "Completion",
+    "Done",
+    "Failed",
+    "FenceKind",
+    "Fenced",
+    "LeaseId",
+    "Link",
+    "LinkDown",
+    "LinkUp",
+    "Progress",
+    "Quiesced",
+    "Range",
+    "Region",
+    "Transport",
+    "Write",
+]
+
+MAX_TICKET_NBYTES = 16 << 20
+"""The driver never submits more under one ticket, so that progress shows."""
+
+
+class FenceKind(str, enum.Enum):
+    """What a fence costs."""
+
+    token = "token"
+    """Concerns the token alone and ends soon; used at once."""
+    process = "process"
+    """Hurts other rooms (a process is killed); used when the writer's word does not come in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a transport can do; the conformance kit holds it to these claims.
+
+    Attributes:
+        scatter_entries: Most writes in one submit.
+        max_outstanding: Most tickets in flight per link.
+        cancellable: `cancel` may end a ticket early.
+        fence: What `fence` costs.
+        reports_progress: `Progress` comes while a ticket is in flight.
+        integrity: The medium detects flipped bits by itself (shared memory, RDMA), so `checksum="auto"` is off.
+        cuda: Regions may be device memory.
+    """
+
+    scatter_entries: int = 1024
+    max_outstanding: int = 1024
+    cancellable: bool = True
+    fence: FenceKind = FenceKind.token
+    reports_progress: bool = False
+    integrity: bool = False
+    cuda: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseId:
+    """(room, generation, part) on one rank of the receiving endpoint: the holder of blocks."""
+
+    side: str
+    room: int
+    rank: int
+    generation: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A piece of this process's memory.
+
+    Attributes:
+        number: The region's index in its endpoint, 0 upwards; one per layout field.
+        buffer: Writable contiguous bytes, format "B". Stays alive until the transport is closed.
+    """
+
+    number: int
+    buffer: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes [offset, offset + nbytes) of region number `region`."""
+
+    region: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Copy `nbytes` from a local region to the peer's region of the same number."""
+
+    region: int
+    src_offset: int
+    dst_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """All bytes of the ticket are in the destination's memory (not merely sent)."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The ticket ended without all bytes in place.
+
+    Attributes:
+        reason: A sentence for people.
+        quiescent: No byte of it can land any more. Otherwise `Quiesced` follows, or the receiver fences.
+        source_free: The source is not read any more.
+    """
+
+    ticket: int
+    reason: str
+    quiescent: bool
+    source_free: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesced:
+    """A ticket that had Failed without quiescence can land no more and reads its source no more."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`nbytes` of the ticket have landed so far."""
+
+    ticket: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The answer to `fence`: no byte lands under that token any more."""
+
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """The peer's data port has been reached and accepted us. Comes again after a link recovered."""
+
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The link does not work; its tickets end by themselves. A new submit may try again."""
+
+    link: int
+    reason: str
+
+
+Completion = Union[Done, Failed, Quiesced, Progress, Fenced, LinkUp, LinkDown]
+
+
+@runtime_checkable
+class Link(Protocol):
+    """A way to write into one peer's regions."""
+
+    @property
+    def number(self) -> int:
+        """Names this link in LinkUp and LinkDown; unique in its transport."""
+        ...
+
+    def submit(self, writes: Sequence[Write], token: bytes) -> int:
+        """Start writing and return a ticket, unique in its transport, that ends exactly once.
+
+        Neither waits nor raises for what the network does: that is a Failed ticket.
+
+        Args:
+            writes: 1 to `scatter_entries` writes of at least 1 byte and `MAX_TICKET_NBYTES` in all.
+            token: From the receiver's `grant`; admits writes to exactly the ranges granted.
+
+        Raises:
+            InvalidInput: A write outside the source's regions, an empty list, too many entries.
+        """
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Ask that a ticket end soon. It still ends by Done or Failed. Unknown tickets are ignored."""
+        ...
+
+    def close(self) -> None:
+        """End the link; tickets in flight end Failed. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One way to move bytes. Made by its entry point without arguments or with keyword settings."""
+
+    name: str
+    capabilities: Capabilities
+
+    def start(self) -> None:
+        """Take ports, threads and the like.
+
+        Raises:
+            TransportUnavailable: Not usable here; says what is missing and how to get it.
+        """
+        ...
+
+    def descriptor(self) -> bytes:
+        """How a peer connects to us, at most 64 KiB; travels in Hello and Welcome. Holds its secrets."""
+        ...
+
+    def register(self, region: Region) -> bytes:
+        """Make a region writable for peers and readable as a source; returns its descriptor.
+
+        Called for every region in the order of their numbers, after `start()` and before anything else.
+        """
+        ...
+
+    def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
+        """Admit writes to exactly these ranges; returns a token nobody can guess, at most 1 KiB.
+
+        Raises:
+            InvalidInput: A range outside its region.
+        """
+        ...
+
+    def revoke(self, token: bytes) -> None:
+        """Admit nothing new under the token. Says nothing about bytes on their way. Unknown: ignored."""
+        ...
+
+    def fence(self, token: bytes) -> int:
+        """Revoke, and report `Fenced` with the returned number once no byte can land under the token.
+
+        Always ends, whatever the writer does. An unknown token is fenced at once.
+        """
+        ...
+
+    def connect(self, descriptor: bytes, regions: Sequence[bytes]) -> Link:
+        """A link to the peer that sent this descriptor and these region descriptors.
+
+        Returns at once; `LinkUp` or `LinkDown` follows.
+
+        Raises:
+            InvalidInput: The descriptor cannot be read.
+        """
+        ...
+
+    def completions(self) -> list[Completion]:
+        """What has happened since the last call, in order."""
+        ...
+
+    def fileno(self) -> int | None:
+        """Readable when `completions()` has something; None asks to be polled at an interval."""
+        ...
+
+    def close(self) -> None:
+        """End all links, threads and ports. Tickets in flight end Failed. May be called twice."""
+        ...
