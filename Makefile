@@ -32,8 +32,10 @@ check: .venv/.stamp-test ## static checks: style, types, imports, wheel contents
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/lint-imports
-	rm -rf build/wheel && $(BIN)/python -m build -w -n -o build/wheel . >/dev/null && $(BIN)/check-wheel-contents build/wheel
+	$(BIN)/lint-imports --no-logo
+	@rm -rf build/wheel
+	$(BIN)/python -m build -q -w -n -o build/wheel .
+	$(BIN)/check-wheel-contents build/wheel
 
 # The pure modules, as kvpoll_fsm/poll.py,...: the import contract in pyproject.toml lists them.
 PURE = $$($(BIN)/python -c "from importlinter.api import read_configuration as conf; \
@@ -44,21 +46,24 @@ coverage: .venv/.stamp-test ## all tests, then the coverage gates: 95% for pure 
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n $(WORKERS)
 	$(BIN)/coverage combine -q
-	$(BIN)/coverage report --include="$(PURE)" --fail-under=95
-	$(BIN)/coverage report --fail-under=90
+	@echo 'pure modules, at least 95%:'
+	@$(BIN)/coverage report --include="$(PURE)" --fail-under=95
+	@echo 'everything, at least 90%:'
+	@$(BIN)/coverage report --fail-under=90
 
 clean: ## remove everything that make and the tools made, .venv included
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 comes without ensurepip: install what is missing where that is possible, else say so.
+# hatchling, pinned like the rest, is what the installs below build with (--no-build-isolation).
 .venv/.stamp-venv:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'installing python3-venv' \
 	     && apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install python3-venv >/dev/null; } \
 	|| { echo 'Python cannot make virtual environments: as root, apt-get install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(PIP) hatchling # --no-build-isolation below builds with this one, pinned like the rest
+	$(PIP) hatchling
 	@touch $@
 
 .venv/.stamp-demo: pyproject.toml $(PINS) | .venv/.stamp-venv

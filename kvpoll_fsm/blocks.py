@@ -11,10 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kvpoll_fsm.errors import DoubleFree, ForeignBlock, RequestTooLarge
+from kvpoll_fsm.errors import BlockError, DoubleFree, ForeignBlock, RequestTooLarge
 from kvpoll_fsm.spi import LeaseId
 
 __all__ = ["BlockAccounts", "BlockLoad"]
+
+
+_Waiting = tuple[int, int, int, LeaseId]
+
+
+def _turn(waiting: _Waiting) -> tuple[int, int]:
+    """What the queue is ordered by: room, then rank."""
+    return waiting[:2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +57,23 @@ class BlockAccounts:
         self._free: list[int] = list(range(total - 1, -1, -1))
         self._leased: dict[LeaseId, tuple[int, ...]] = {}
         self._quarantined: dict[LeaseId, tuple[int, ...]] = {}
-        self._waiting: list[tuple[int, int, int, LeaseId]] = []
+        self._waiting: list[_Waiting] = []
 
     def take(self, lease: LeaseId, count: int) -> tuple[int, ...] | None:
         """Lease `count` blocks, or None if that many are not free or an earlier room waits.
 
         Raises:
             RequestTooLarge: The pool has fewer blocks in all, or gives none out by itself.
+            BlockError: The lease holds blocks already.
         """
+        self._check_new(lease)
         self.check(count)
-        if self._waiting and self._waiting[0][:2] < (lease.room, lease.rank):
+        if self._waiting and _turn(self._waiting[0]) < (lease.room, lease.rank):
             return None
-        return self._take(lease, count)
+        blocks = self._take(lease, count)
+        if blocks is not None:
+            self.forget(lease)
+        return blocks
 
     def check(self, count: int) -> None:
         """Refuse what can never be had.
@@ -76,10 +89,14 @@ class BlockAccounts:
 
         Raises:
             ForeignBlock: Ids outside the pool, named twice, or not free.
+            BlockError: The lease holds blocks already.
         """
+        self._check_new(lease)
         wanted = tuple(blocks)
         if not wanted or any(not 0 <= block < self.total for block in wanted):
-            raise ForeignBlock(wanted, f"block ids of this pool are 0 to {self.total - 1}, and at least one is needed")
+            raise ForeignBlock(
+                wanted, f"block ids of this pool are 0 to {self.total - 1}, and at least one is needed"
+            )
         if len(set(wanted)) != len(wanted):
             raise ForeignBlock(wanted, "an id is named twice")
         free = set(self._free)
@@ -88,16 +105,31 @@ class BlockAccounts:
             raise ForeignBlock(busy, "held by a room, or quarantined until no write can land in them")
         chosen = set(wanted)
         self._free = [block for block in self._free if block not in chosen]
+        self.forget(lease)
         self._leased[lease] = wanted
         return wanted
 
     def wait(self, lease: LeaseId, count: int) -> None:
-        """Queue a request; `serve()` returns it once it can be met."""
-        bisect.insort(self._waiting, (lease.room, lease.rank, count, lease), key=lambda w: w[:2])
+        """Queue a request; `serve()` returns it once it can be met. An earlier one of that lease is replaced.
+
+        Raises:
+            RequestTooLarge: As `take`; it would block the queue for ever.
+            BlockError: The lease holds blocks already.
+        """
+        self._check_new(lease)
+        self.check(count)
+        self.forget(lease)
+        bisect.insort(self._waiting, (lease.room, lease.rank, count, lease), key=_turn)
 
     def forget(self, lease: LeaseId) -> None:
         """Drop a waiting request, if there is one."""
-        self._waiting = [entry for entry in self._waiting if entry[3] != lease]
+        room_and_rank = (lease.room, lease.rank)
+        at = bisect.bisect_left(self._waiting, room_and_rank, key=_turn)
+        while at < len(self._waiting) and _turn(self._waiting[at]) == room_and_rank:
+            if self._waiting[at][3] == lease:
+                del self._waiting[at]
+            else:
+                at += 1
 
     def serve(self) -> list[tuple[LeaseId, tuple[int, ...]]]:
         """Give free blocks to those waiting, in room order, until the first that cannot be met."""
@@ -115,8 +147,11 @@ class BlockAccounts:
         """Turn one lease into another, keeping its first `count` blocks and freeing the rest.
 
         Raises:
-            DoubleFree: `old` holds nothing.
+            DoubleFree: `old` holds nothing, or only quarantined blocks.
+            BlockError: `new` holds blocks already.
         """
+        if new != old:
+            self._check_new(new)
         blocks = self._pop(self._leased, old)
         self._free.extend(reversed(blocks[count:]))
         self._leased[new] = blocks[:count]
@@ -126,7 +161,7 @@ class BlockAccounts:
         """The transfer has ended but writes may land still.
 
         Raises:
-            DoubleFree: The lease holds nothing.
+            DoubleFree: The lease holds nothing, or only quarantined blocks.
         """
         self._quarantined[lease] = self._pop(self._leased, lease)
 
@@ -190,6 +225,10 @@ class BlockAccounts:
         del self._free[-count:]
         self._leased[lease] = blocks
         return blocks
+
+    def _check_new(self, lease: LeaseId) -> None:
+        if self.holds(lease):
+            raise BlockError(f"{lease!r} holds blocks already: a lease is given once")
 
     @staticmethod
     def _pop(held: dict[LeaseId, tuple[int, ...]], lease: LeaseId) -> tuple[int, ...]:

@@ -9,11 +9,18 @@ The channel has no clock. The driver calls `resend()` when `RESEND_AFTER_S` has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from kvpoll_fsm.errors import ChannelOverflow
-from kvpoll_fsm.messages import MAX_MESSAGES_PER_FRAME, MAX_PACKET_NBYTES, Beat, Frame, Message, Reserve, Resume
+from kvpoll_fsm.messages import (
+    MAX_MESSAGES_PER_FRAME,
+    MAX_PACKET_NBYTES,
+    Beat,
+    Frame,
+    Message,
+    Reserve,
+    Resume,
+)
 
 __all__ = ["Channel"]
 
@@ -37,9 +44,7 @@ class Channel:
 
     __slots__ = ("acked", "limit", "outgoing", "owes_ack", "received", "sent", "source", "target", "unacked")
 
-    def __init__(
-        self, source: bytes, target: bytes | None, outgoing: bool, limit: int = MAX_UNACKED
-    ) -> None:
+    def __init__(self, source: bytes, target: bytes | None, outgoing: bool, limit: int = MAX_UNACKED) -> None:
         self.source = source
         self.target = target
         self.outgoing = outgoing
@@ -60,33 +65,30 @@ class Channel:
             raise ChannelOverflow(self.limit)
         self.unacked.append(message)
 
-    def flush(self, *, ack_now: bool = False, beats: Iterable[Beat] = ()) -> list[Frame]:
-        """The frames to send now: messages not sent yet, the acknowledgement owed, heartbeats.
+    def flush(self, *, ack_now: bool = False) -> list[Frame]:
+        """The frames to send now: messages not sent yet, and the acknowledgement owed.
 
         Args:
             ack_now: Send an acknowledgement that is owed even if there is nothing else to say.
-            beats: Entries to put on the first frame; at most `MAX_BEATS_PER_FRAME`.
         """
         if self.target is None:
             return []
         frames = self._frames(self.sent)
         self.sent = self.acked + len(self.unacked)
-        entries = tuple(beats)
-        if not frames and (entries or (ack_now and self.owes_ack)):
+        if not frames and ack_now and self.owes_ack:
             frames = [self._frame(0, ())]
         if frames:
             self.owes_ack = False
-        if entries:
-            first = frames[0]
-            frames[0] = self._frame(first.first_seq, first.messages, entries)
         return frames
 
-    def heartbeat(self) -> Frame | None:
-        """An empty frame: we live, and this is what has arrived. None before the peer is known."""
-        if self.target is None:
-            return None
+    def heartbeat(self, beats: tuple[Beat, ...] = ()) -> Frame:
+        """A frame without messages: we live, this is what has arrived, and where our rooms stand.
+
+        Args:
+            beats: At most `MAX_BEATS_PER_FRAME`.
+        """
         self.owes_ack = False
-        return self._frame(0, ())
+        return self._frame(0, (), beats)
 
     def resend(self) -> list[Frame]:
         """Every message not acknowledged yet, again. For the resend timer and after a reconnect."""
@@ -98,10 +100,9 @@ class Channel:
 
         An acknowledgement of what was never sent is ignored: it cannot come from our peer.
         """
-        if self.acked < frame.ack <= self.acked + len(self.unacked):
+        if self.acked < frame.ack <= self.sent:
             del self.unacked[: frame.ack - self.acked]
             self.acked = frame.ack
-            self.sent = max(self.sent, self.acked)
         if not frame.messages:
             return []
         self.owes_ack = True
@@ -148,5 +149,10 @@ class Channel:
 def _nbytes_at_most(message: Message) -> int:
     """An upper bound of a message's encoded size; only grants are ever large."""
     grant = message.grant if isinstance(message, (Reserve, Resume)) else None
-    blocks = 0 if grant is None else len(grant.blocks)
-    return 8192 + 5 * blocks
+    if grant is None:
+        return 8192
+    return (
+        8192
+        + 5 * len(grant.blocks)
+        + sum(4 * len(name) + len(token) for name, token in grant.tokens_by_transport)
+    )

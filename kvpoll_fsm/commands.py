@@ -7,6 +7,7 @@ Each command says which input answers it. A session never waits: it is fed the a
 | Send | channel | nothing; the channel delivers or the peer is gone |
 | Preflight | transport link | Preflighted |
 | Grant, Regrant | block accounts (then, for a receiver, `Transport.grant`) | Granted, GrantQueued, GrantRefused |
+| Expose (from the core) | transports' `grant` | Granted |
 | StartPart | staging and transport links | Progress, one PartWritten per target, RankQuiesced |
 | CancelPart | transport links | only asks; PartWritten and RankQuiesced still come |
 | Verify, CopyOut | staging | Verified, CopiedOut |
@@ -27,6 +28,7 @@ __all__ = [
     "CancelTimer",
     "Command",
     "CopyOut",
+    "Expose",
     "Fence",
     "Grant",
     "HeldPart",
@@ -84,6 +86,14 @@ class Regrant:
     old_part: int
     part: int
     blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expose:
+    """Admit writes to leased blocks: make the transports' tokens of a receiver's grant."""
+
+    part: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +200,7 @@ Command = Union[
     Preflight,
     Grant,
     Regrant,
+    Expose,
     StartPart,
     CancelPart,
     Verify,

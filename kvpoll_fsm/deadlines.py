@@ -71,7 +71,9 @@ GATES_OF: dict[KVPoll, tuple[Gate, ...]] = {
 
 _missing = {(s, g) for s, gates in GATES_OF.items() for g in gates} ^ GATES.keys()
 if _missing or GATES_OF.keys() != {s for s in KVPoll if not s.is_terminal}:
-    raise AssertionError(f"a live (state, gate) has no clock, or a clock no gate: {sorted(map(str, _missing))}")
+    raise AssertionError(
+        f"a live (state, gate) has no clock, or a clock no gate: {sorted(map(str, _missing))}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

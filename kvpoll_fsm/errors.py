@@ -12,6 +12,7 @@ KvpollError
 │   ├── AddressError          an address nobody could reach
 │   ├── PolicyError           a transport policy that cannot be read
 │   └── DuplicateRoom         the room is open already on this endpoint
+├── UnknownRoom               the room is not open here: never opened, or cleared
 ├── PoolExhausted             no block came free in time
 ├── TransportUnavailable      unknown, not installed, or unusable here
 ├── MalformedMessage          bytes that are no message of ours
@@ -21,7 +22,7 @@ KvpollError
 ├── EndpointClosed            the endpoint, or its driver, has ended
 └── ForkedError               a handle used in a forked child
 
-Fields come first and the text is derived from them, so errors pickle and compare by their fields.
+Fields come first and the text is derived from them; errors pickle with all their fields.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ __all__ = [
     "RequestTooLarge",
     "TransferFailed",
     "TransportUnavailable",
+    "UnknownRoom",
     "UnsupportedVersion",
 ]
 
@@ -79,6 +81,8 @@ class FailureCode(str, enum.Enum):
         return self.value
 
 
+MAX_DETAIL = 1000
+
 _RETRYABLE = frozenset(
     {
         FailureCode.PeerLost,
@@ -100,7 +104,8 @@ class Failure:
         rank: The receiver rank it arose on, or None for the sender itself.
         state: The state the failing side was in.
         retryable: Whether the same transfer may succeed if tried again.
-        detail: A sentence for people, at most 1,000 characters.
+        detail: A sentence for people. Cut at 1,000 characters and made encodable, wherever it comes from,
+            because it is sent on to every rank.
     """
 
     code: FailureCode
@@ -109,10 +114,15 @@ class Failure:
     retryable: bool
     detail: str
 
+    def __post_init__(self) -> None:
+        if len(self.detail) > MAX_DETAIL or not self.detail.isascii():
+            clean = self.detail[:MAX_DETAIL].encode("utf-8", "replace").decode("utf-8")
+            object.__setattr__(self, "detail", clean)
+
     @classmethod
     def of(cls, code: FailureCode, detail: str, *, state: KVPoll, rank: int | None = None) -> Failure:
         """Build a failure whose `retryable` follows from its code."""
-        return cls(code, rank, state, code in _RETRYABLE, detail[:1000])
+        return cls(code, rank, state, code in _RETRYABLE, detail)
 
     def __str__(self) -> str:
         where = "sender" if self.rank is None else f"rank {self.rank}"
@@ -225,7 +235,20 @@ class DuplicateRoom(InvalidInput):
         self.side = side
         self.room = room
         self.rank = rank
-        super().__init__(f"{side} of room {room}, rank {rank} is open already: clear() it before opening it again")
+        super().__init__(
+            f"{side} of room {room}, rank {rank} is open already: clear() it before opening it again"
+        )
+
+
+class UnknownRoom(KvpollError, KeyError):
+    """The room is not open here."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        super().__init__(f"room {room} is not open here: it was never opened, or it has been cleared")
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the repr
 
 
 class PoolExhausted(KvpollError):
@@ -295,4 +318,6 @@ class ForkedError(KvpollError):
     def __init__(self, owner_pid: int, pid: int) -> None:
         self.owner_pid = owner_pid
         self.pid = pid
-        super().__init__(f"made in process {owner_pid}, used in forked child {pid}: open an endpoint of its own there")
+        super().__init__(
+            f"made in process {owner_pid}, used in forked child {pid}: open an endpoint of its own there"
+        )

@@ -15,13 +15,13 @@ from kvpoll_fsm.messages import Message
 __all__ = [
     "AbortRoom",
     "BeatReceived",
+    "ClearRoom",
     "CopiedOut",
     "Crashed",
     "Fenced",
     "GrantQueued",
     "GrantRefused",
     "Granted",
-    "HostAlive",
     "Input",
     "MessageReceived",
     "PartWritten",
@@ -80,8 +80,8 @@ class AbortRoom:
 
 
 @dataclass(frozen=True, slots=True)
-class HostAlive:
-    """The host process has shown a sign of life; renews what waits for the host itself."""
+class ClearRoom:
+    """The host drops its handle; a live room is aborted, blocks it still held go back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +219,15 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
-    """A timer set by SetTimer; one with a stale epoch is ignored."""
+    """A timer set by SetTimer; one with a stale epoch is ignored.
+
+    Attributes:
+        host_alive: This side's host process has called its endpoint lately.
+    """
 
     name: str
     epoch: int
+    host_alive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ Input = Union[
     ResumeWith,
     ReleasePart,
     AbortRoom,
-    HostAlive,
+    ClearRoom,
     MessageReceived,
     BeatReceived,
     PeerGone,

@@ -44,7 +44,9 @@ class Ledger:
             InvalidInput: It differs from what was said before, or is less than what is covered.
         """
         if total_tokens < 1 or total_tokens < self.covered_tokens:
-            raise InvalidInput(f"a total of {total_tokens} tokens is less than the {self.covered_tokens} covered")
+            raise InvalidInput(
+                f"a total of {total_tokens} tokens is less than the {self.covered_tokens} covered"
+            )
         if self.total_tokens not in (None, total_tokens):
             raise InvalidInput(f"the total was {self.total_tokens} tokens and cannot become {total_tokens}")
         self.total_tokens = total_tokens
@@ -63,9 +65,12 @@ class Ledger:
         """Whether a part of `tokens` at `offset` completes the room.
 
         Raises:
-            InvalidInput: The range is empty, does not start where coverage ends, or exceeds the total.
+            InvalidInput: The total is unknown, or the range is empty, does not start where coverage ends,
+                or exceeds the total.
         """
-        if self.total_tokens is None or offset != self.covered_tokens:
+        if self.total_tokens is None:
+            raise InvalidInput(f"a part at token {offset} of a room whose total is not known yet")
+        if offset != self.covered_tokens:
             raise InvalidInput(f"a part at token {offset} where {self.covered_tokens} tokens are covered")
         if tokens < 1 or offset + tokens > self.total_tokens:
             raise InvalidInput(f"a part of {tokens} tokens at {offset} in a room of {self.total_tokens}")

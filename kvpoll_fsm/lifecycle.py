@@ -147,7 +147,7 @@ def reference_machine(**options: Any) -> transitions.Machine:
         **options,
     )
     for row in ROWS:
-        sources = [source.name for source in row.sources]
+        sources: list[Any] = [source.name for source in row.sources]
         machine.add_transition(trigger_name(row.event), sources, row.dest.name)
         for terminal in (KVPoll.Success.name, KVPoll.Failed.name):
             machine.add_transition(trigger_name(row.event), terminal, dest=None)

@@ -91,13 +91,27 @@ class BlockGrant(msgspec.Struct, frozen=True):
         part: The part it is for.
         tokens: How many tokens the blocks hold.
         blocks: Block ids in token order; any order, not necessarily neighbours.
-        tokens_by_transport: For each transport offered, the token that admits writes to exactly these.
+        tokens_by_transport: For each transport offered, its name and the token that admits writes to
+            exactly these blocks.
     """
 
     part: Part
     tokens: Positive
     blocks: Annotated[tuple[BlockId, ...], Meta(min_length=1, max_length=MAX_BLOCKS_PER_GRANT)]
-    tokens_by_transport: Annotated[dict[Name, Token], Meta(min_length=1, max_length=16)]
+    tokens_by_transport: Annotated[tuple[tuple[Name, Token], ...], Meta(min_length=1, max_length=16)]
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Names of the transports offered."""
+        return tuple(name for name, _ in self.tokens_by_transport)
+
+    def token(self, transport: str) -> bytes:
+        """The token for one of `transports`.
+
+        Raises:
+            KeyError: That transport was not offered.
+        """
+        return dict(self.tokens_by_transport)[transport]
 
 
 class _Introduction(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,12 +28,12 @@ def reduce_ranks(polls: Iterable[KVPoll]) -> KVPoll:
     A dummy rank (one that holds no data) is in the state its outcomes put it in, like any other.
 
     Args:
-        polls: The state of each rank.
+        polls: The state of each rank. Plain numbers will do, as they come out of an engine's all-reduce.
 
     Raises:
-        ValueError: There are no ranks.
+        ValueError: There are no ranks, or a number is no state.
     """
-    seen = set(polls)
+    seen = {KVPoll(poll) for poll in polls}
     if not seen:
         raise ValueError("reduce_ranks() needs the state of at least one rank")
     return next(state for state in ADVANCEMENT if state in seen)

@@ -1,0 +1,117 @@
+"""One peer incarnation as this endpoint knows it: introduction, channel, signs of life.
+
+A connection is opened by the endpoint that receives data (it says Hello); the sending endpoint accepts it.
+Two endpoints that do both have two connections, each with its own channel. No clock in here: the driver
+ticks, so a process that was paused does not take its own pause for the peer's silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpoll_fsm.channel import Channel
+from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.messages import PROTOCOL, FieldSpec, Hello, Packet, TransportOffer, Welcome
+
+__all__ = ["Connection", "introduction"]
+
+MAX_RESEND_TICKS = 8
+
+
+def introduction(incarnation: bytes, layout: Layout, offers: tuple[TransportOffer, ...]) -> dict[str, Any]:
+    """The fields that Hello and Welcome share."""
+    return {
+        "incarnation": incarnation,
+        "min_version": PROTOCOL[0],
+        "max_version": PROTOCOL[1],
+        "fields": tuple(FieldSpec(f.name, f.dtype, f.shape_per_token, f.per_room) for f in layout.fields),
+        "block_tokens": layout.block_tokens,
+        "transports": offers,
+    }
+
+
+class Connection:
+    """One end of the acquaintance of two incarnations.
+
+    Attributes:
+        number: Names it on this endpoint.
+        address: Where we connected to; None if the peer came to us.
+        channel: The ordered stream; messages may be pushed before the peer is known.
+        offers: The transports the peer can be written through, by name.
+        block_tokens: The peer's tokens per block.
+        silent_ticks: Heartbeats since the peer was last heard.
+        idle_ticks: Heartbeats since a room last used the connection.
+    """
+
+    __slots__ = (
+        "_acked_then",
+        "_resend_wait",
+        "_waited",
+        "address",
+        "block_tokens",
+        "channel",
+        "idle_ticks",
+        "number",
+        "offers",
+        "silent_ticks",
+    )
+
+    def __init__(self, number: int, channel: Channel, address: str | None) -> None:
+        self.number = number
+        self.address = address
+        self.channel = channel
+        self.offers: dict[str, TransportOffer] = {}
+        self.block_tokens = 1
+        self.silent_ticks = 0
+        self.idle_ticks = 0
+        self._acked_then = 0
+        self._waited = 0
+        self._resend_wait = 1
+
+    @property
+    def outgoing(self) -> bool:
+        """We said Hello; we are the receiving side of its rooms."""
+        return self.address is not None
+
+    @property
+    def peer(self) -> bytes | None:
+        """The peer's incarnation, or None until it has answered."""
+        return self.channel.target
+
+    def introduce(self, packet: Hello | Welcome) -> None:
+        """Note who the peer is and what it offers."""
+        self.channel.target = packet.incarnation
+        self.offers = {offer.name: offer for offer in packet.transports}
+        self.block_tokens = packet.block_tokens
+        self.silent_ticks = 0
+
+    def differences(self, layout: Layout, packet: Hello | Welcome) -> tuple[str, ...]:
+        """How the peer's layout differs from ours, or nothing."""
+        return layout.differences([Field(f.name, f.dtype, f.shape, f.per_room) for f in packet.fields])
+
+    def resend_tick(self) -> list[Packet]:
+        """What to send again: everything unacknowledged if nothing was acknowledged since the last tick.
+
+        Ticks without progress grow the wait between resends, up to `MAX_RESEND_TICKS`.
+        """
+        channel = self.channel
+        if channel.acked != self._acked_then or not channel.unacked or channel.target is None:
+            self._acked_then, self._waited, self._resend_wait = channel.acked, 0, 1
+            return []
+        self._waited += 1
+        if self._waited <= self._resend_wait:
+            return []
+        self._waited, self._resend_wait = 0, min(self._resend_wait * 2, MAX_RESEND_TICKS)
+        return list(channel.resend())
+
+    def clone(self) -> Connection:
+        """A copy that shares nothing mutable."""
+        copy = Connection(self.number, self.channel.clone(), self.address)
+        copy.offers, copy.block_tokens = dict(self.offers), self.block_tokens
+        copy.silent_ticks, copy.idle_ticks = self.silent_ticks, self.idle_ticks
+        copy._acked_then, copy._waited, copy._resend_wait = self._acked_then, self._waited, self._resend_wait
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state, tick counters apart."""
+        return (self.number, self.address, self.channel.key(), tuple(sorted(self.offers)))

@@ -1,0 +1,248 @@
+"""What both sides of a room share: the lifecycle, the first failure, gates and their timers.
+
+Sessions are sans-I/O. `feed(input)` returns the commands to carry out; there is no thread, socket, clock or
+randomness in here, and every state is a plain value that `clone()` copies and `key()` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvpoll_fsm.commands import CancelTimer, Command, Send, SetTimer
+from kvpoll_fsm.deadlines import Deadlines, Gate
+from kvpoll_fsm.errors import Failure, FailureCode
+from kvpoll_fsm.events import Aborted, DeadlinePassed, LifecycleEvent, PeerLost, ProtocolError
+from kvpoll_fsm.inputs import AbortRoom, ClearRoom, Crashed, Input, TimerFired
+from kvpoll_fsm.lifecycle import Lifecycle
+from kvpoll_fsm.messages import Message
+from kvpoll_fsm.poll import KVPoll
+
+__all__ = ["PartRecord", "RoomKey", "Session"]
+
+GATE_TIMER = "gate"
+ROOM_TIMER = "room"
+
+_LIFECYCLE_EVENT: dict[FailureCode, LifecycleEvent] = {
+    FailureCode.PeerLost: PeerLost(),
+    FailureCode.OutcomeUnknown: PeerLost(),
+    FailureCode.DeadlinePassed: DeadlinePassed(),
+    FailureCode.PoolExhausted: DeadlinePassed(),
+    FailureCode.ProtocolError: ProtocolError(),
+    FailureCode.InternalError: ProtocolError(),
+    FailureCode.LayoutMismatch: ProtocolError(),
+    FailureCode.UnsupportedVersion: ProtocolError(),
+}
+"""The event a failure is to the machine; every other code is Aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoomKey:
+    """One life of a room on one side of one endpoint.
+
+    Attributes:
+        side: "sender" or "receiver".
+        rank: The receiver's rank; 0 for a sender.
+        generation: Counts up with every opening on this endpoint's incarnation.
+    """
+
+    side: str
+    room: int
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """A part that has an outcome, for people and for `receiver.part`."""
+
+    part: int
+    offset: int
+    tokens: int
+    is_last: bool
+    transport: str
+    blocks: tuple[int, ...] = ()
+
+
+class Session:
+    """Base of `SenderSession` and `ReceiverSession`.
+
+    Attributes:
+        room_key: Which life of which room this is.
+        deadlines: How long each gate may stay shut.
+        failure: The first cause of the room's end, if it ended Failed.
+        history: The states gone through, the present one last.
+        parts: The parts that have an outcome.
+        bytes_done: Bytes of the room that have landed, over all ranks, as far as this side knows.
+    """
+
+    _handlers: ClassVar[dict[type, Callable[[Any, Any], None]]] = {}
+    _message_handlers: ClassVar[dict[type, Callable[[Any, int, Any], None]]] = {}
+
+    def __init__(self, room_key: RoomKey, deadlines: Deadlines) -> None:
+        self.room_key = room_key
+        self.deadlines = deadlines
+        self.failure: Failure | None = None
+        self.history: list[KVPoll] = [KVPoll.Bootstrapping]
+        self.parts: list[PartRecord] = []
+        self.bytes_done = 0
+        self._lifecycle = Lifecycle()
+        self._cleared = False
+        self._epochs: dict[str, int] = {}
+        self._armed: dict[str, int] = {}
+        self._gate_mark: tuple[Any, ...] = ()
+        self._out: list[Command] = []
+
+    @property
+    def state(self) -> KVPoll:
+        """Where the room stands on this side."""
+        return self._lifecycle.state
+
+    @property
+    def late_events(self) -> int:
+        """Lifecycle events that came after the end and changed nothing."""
+        return self._lifecycle.late_events
+
+    @property
+    def gate(self) -> Gate:
+        """What the room waits for."""
+        raise NotImplementedError
+
+    @property
+    def quiescent(self) -> bool:
+        """Terminal, and no write of this room can land or read its source any more."""
+        raise NotImplementedError
+
+    @property
+    def finished(self) -> bool:
+        """Terminal, quiescent, and the host has no more use for it: nothing will happen here again."""
+        return self._cleared and self.quiescent
+
+    def feed(self, event: Input) -> list[Command]:
+        """Take one input and return what is to be done, in order.
+
+        Inputs that concern what is over are ignored. What a peer must not do fails the room with
+        ProtocolError; nothing is raised for it.
+        """
+        self._out = out = []
+        handler = self._handlers.get(type(event))
+        if handler is not None:
+            handler(self, event)
+        self._regate()
+        self._out = []
+        return out
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state; equal keys behave alike."""
+        return (
+            self.room_key,
+            self._lifecycle.key(),
+            self.failure and self.failure.code,
+            self._cleared,
+            frozenset(self._armed),
+        )
+
+    def _copy_base(self, copy: Session) -> None:
+        copy.failure = self.failure
+        copy.history = list(self.history)
+        copy.parts = list(self.parts)
+        copy.bytes_done = self.bytes_done
+        copy._lifecycle = self._lifecycle.clone()
+        copy._cleared = self._cleared
+        copy._epochs = dict(self._epochs)
+        copy._armed = dict(self._armed)
+        copy._gate_mark = self._gate_mark
+
+    def _do(self, command: Command) -> None:
+        self._out.append(command)
+
+    def _send(self, conn: int, message: Message) -> None:
+        self._out.append(Send(conn, message))
+
+    def _apply(self, event: LifecycleEvent) -> None:
+        before = self.state
+        if self._lifecycle.apply(event) is not before:
+            self.history.append(self.state)
+
+    def _fail(self, failure: Failure, event: LifecycleEvent | None = None, *, tell: bool = True) -> None:
+        """End the room as Failed, unless it has ended, and tell the other side once (`tell`)."""
+        event = event or _LIFECYCLE_EVENT.get(failure.code, Aborted())
+        if self.state.is_terminal:
+            self._apply(event)
+            return
+        self.failure = failure
+        self._apply(event)
+        if tell:
+            self._tell_failure(failure, event)
+        self._on_failed()
+
+    def _tell_failure(self, failure: Failure, event: LifecycleEvent) -> None:
+        """Send word of the room's end to the other side."""
+        raise NotImplementedError
+
+    def _on_failed(self) -> None:
+        """Stop what is under way and give back what can be given back."""
+        raise NotImplementedError
+
+    def _cause(self, code: FailureCode, detail: str, rank: int | None = None) -> Failure:
+        """A failure that arose here, in the present state."""
+        return Failure.of(code, detail, state=self.state, rank=rank)
+
+    def _arm(self, name: str, after_s: float) -> None:
+        epoch = self._epochs.get(name, 0) + 1
+        self._epochs[name] = self._armed[name] = epoch
+        self._do(SetTimer(name, after_s, epoch))
+
+    def _disarm(self, name: str) -> None:
+        if self._armed.pop(name, None) is not None:
+            self._do(CancelTimer(name))
+
+    def _regate(self, *, renew: bool = False) -> None:
+        """Keep the gate's timer: a new gate starts its clock, a terminal state stops all."""
+        gate = self.gate
+        if gate is Gate.closed:
+            self._disarm(GATE_TIMER)
+            self._disarm(ROOM_TIMER)
+            return
+        mark = (self.state, gate, len(self.parts))
+        if renew or mark != self._gate_mark:
+            self._gate_mark = mark
+            self._arm(GATE_TIMER, self.deadlines.of(self.state, gate))
+
+    def _timer_fired(self, event: TimerFired) -> None:
+        if self._armed.get(event.name) != event.epoch:
+            return
+        del self._armed[event.name]
+        if event.name == ROOM_TIMER:
+            limit = self.deadlines.room_timeout_s
+            self._fail(self._cause(FailureCode.DeadlinePassed, f"the room outlived {limit:g} s", self._own_rank))
+        elif event.name == GATE_TIMER:
+            self._gate_expired(event)
+
+    def _gate_expired(self, event: TimerFired) -> None:
+        gate = self.gate
+        if gate is Gate.closed:
+            return
+        seconds = self.deadlines.of(self.state, gate)
+        code = FailureCode.PoolExhausted if gate is Gate.waiting_blocks else FailureCode.DeadlinePassed
+        self._fail(self._cause(code, f"{gate} for {seconds:g} s: {self._awaited()}", self._own_rank))
+
+    @property
+    def _own_rank(self) -> int | None:
+        return None if self.room_key.side == "sender" else self.room_key.rank
+
+    def _awaited(self) -> str:
+        """What would open the present gate, for people."""
+        raise NotImplementedError
+
+    def _abort(self, event: AbortRoom) -> None:
+        self._fail(self._cause(event.code, event.detail, self._own_rank))
+
+    def _crashed(self, event: Crashed) -> None:
+        self._fail(self._cause(FailureCode.InternalError, event.detail, self._own_rank))
+
+    def _clear(self, event: ClearRoom) -> None:
+        if not self.state.is_terminal:
+            self._abort(AbortRoom("the handle was cleared while the room was live"))
+        self._cleared = True
