@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvpoll_fsm.errors import InvalidInput, LayoutError, LayoutMismatch
 
-__all__ = ["ITEMSIZE", "Extent", "Field", "Layout", "plan_part"]
+__all__ = ["ITEMSIZE", "Extent", "Field", "Layout", "cut", "plan_part", "plan_runs", "runs"]
 
 ITEMSIZE: dict[str, int] = {
     "bool": 1,
@@ -50,7 +51,7 @@ class Field:
     """One kind of data of a transfer.
 
     Attributes:
-        name: Unique in its layout.
+        name: Unique in its layout; 1 to 128 printable characters.
         dtype: A name in `ITEMSIZE`.
         shape_per_token: Shape of one token's value, e.g. `(3584,)`; `()` is a scalar.
         per_room: One value of that shape per room instead of one per token.
@@ -65,18 +66,14 @@ class Field:
     per_room: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= 128:
-            raise LayoutError(str(self.name), "a field's name has 1 to 128 characters")
-        if self.dtype not in ITEMSIZE:
+        # Names go into messages, logs and the fingerprint: no line ends, no lone surrogates.
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 128 or not self.name.isprintable():
+            raise LayoutError(ascii(self.name)[:128], "a field's name has 1 to 128 printable characters")
+        if not isinstance(self.dtype, str) or self.dtype not in ITEMSIZE:
             raise LayoutError(self.name, f"unknown dtype {self.dtype!r}; known: {', '.join(ITEMSIZE)}")
-        shape: Any = self.shape_per_token
-        if isinstance(shape, int):
-            raise LayoutError(self.name, f"shape_per_token is a tuple: write ({shape},)")
-        object.__setattr__(self, "shape_per_token", tuple(shape))
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.shape_per_token):
-            raise LayoutError(self.name, f"every size in shape_per_token {shape!r} is an integer of at least 1")
+        object.__setattr__(self, "shape_per_token", _sizes(self.name, self.shape_per_token))
         if len(self.shape_per_token) > 16 or self.slot_nbytes > MAX_SLOT_NBYTES:
-            raise LayoutError(self.name, f"shape_per_token {shape!r} is too large")
+            raise LayoutError(self.name, f"shape_per_token {self.shape_per_token!r} is too large")
 
     @property
     def slot_nbytes(self) -> int:
@@ -92,6 +89,19 @@ class Field:
         return f"{self.dtype}[{shape}]{' per room' if self.per_room else ''}"
 
 
+def _sizes(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of plain integers, which is what messages can carry."""
+    if hasattr(shape, "__index__"):
+        raise LayoutError(name, f"shape_per_token is a tuple: write ({shape},)")
+    try:
+        sizes = tuple(0 if isinstance(size, bool) else operator.index(size) for size in shape)
+    except TypeError:
+        raise LayoutError(name, f"shape_per_token {shape!r} is not a tuple of integers") from None
+    if any(size < 1 for size in sizes):
+        raise LayoutError(name, f"every size in shape_per_token {shape!r} is an integer of at least 1")
+    return sizes
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The fields of a transfer and how many tokens a block holds.
@@ -101,7 +111,8 @@ class Layout:
         fields: At least one that is not per room; names are unique.
 
     Raises:
-        InvalidInput: `block_tokens` below 1, no token field, or a name used twice.
+        InvalidInput: `block_tokens` below 1, something else than fields, or no token field.
+        LayoutError: A name used twice.
     """
 
     block_tokens: int
@@ -109,8 +120,9 @@ class Layout:
 
     def __init__(self, block_tokens: int, fields: Sequence[Field]) -> None:
         object.__setattr__(self, "block_tokens", block_tokens)
-        object.__setattr__(self, "fields", tuple(fields))
-        if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or not 0 < block_tokens < 1 << 31:
+        object.__setattr__(self, "fields", _as_fields(fields))
+        counts = isinstance(block_tokens, int) and not isinstance(block_tokens, bool)
+        if not counts or not 0 < block_tokens < 1 << 31:
             raise InvalidInput(f"block_tokens={block_tokens!r}: give an integer of at least 1")
         if not any(not field.per_room for field in self.fields) or len(self.fields) > MAX_FIELDS:
             raise InvalidInput(f"a layout has 1 to {MAX_FIELDS} fields, at least one of them not per_room")
@@ -161,6 +173,12 @@ class Layout:
             raise LayoutMismatch(differences)
 
 
+def _as_fields(fields: Any) -> tuple[Field, ...]:
+    if isinstance(fields, (list, tuple)) and all(isinstance(field, Field) for field in fields):
+        return tuple(fields)
+    raise InvalidInput(f"fields={fields!r}: give a list of Field(name, dtype, shape_per_token)")
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """One contiguous copy: `nbytes` from `src_offset` to `dst_offset` of field number `field`'s arenas."""
@@ -175,23 +193,39 @@ def runs(blocks: Sequence[int], block_tokens: int, tokens: int) -> Iterator[tupl
     """The contiguous runs of token slots that `tokens` tokens take in `blocks`: (first slot, length).
 
     Neighbouring blocks that lie side by side in the arena make one run.
+
+    Raises:
+        InvalidInput: The blocks hold fewer than `tokens` tokens. Raised before the first run is given out.
     """
+    if len(blocks) * block_tokens < tokens:
+        raise InvalidInput(f"{len(blocks)} blocks of {block_tokens} tokens hold less than {tokens} tokens")
     start, length, left = -1, 0, tokens
     for block in blocks:
         if left <= 0:
             break
         take = min(block_tokens, left)
         left -= take
-        if start >= 0 and start + length == block * block_tokens:
+        if length and start + length == block * block_tokens:
             length += take
             continue
         if length:
             yield start, length
         start, length = block * block_tokens, take
-    if left > 0:
-        raise InvalidInput(f"{len(blocks)} blocks of {block_tokens} tokens hold less than {tokens} tokens")
     if length:
         yield start, length
+
+
+def cut(runs: Iterable[tuple[int, int]], offset: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """Tokens [offset, offset + tokens) of a run list, as runs.
+
+    For a part that starts inside a block of the engine's own: the receiver's blocks end elsewhere.
+    """
+    at = 0
+    for slot, length in runs:
+        low, high = max(offset, at), min(offset + tokens, at + length)
+        if low < high:
+            yield slot + low - at, high - low
+        at += length
 
 
 def _shared_runs(
@@ -209,6 +243,31 @@ def _shared_runs(
             return
         yield src_at, dst_at, take
         src_at, src_left, dst_at, dst_left = src_at + take, src_left - take, dst_at + take, dst_left - take
+
+
+def plan_runs(
+    layout: Layout,
+    src_runs: Iterable[tuple[int, int]],
+    dst_runs: Iterable[tuple[int, int]],
+    room_slots: tuple[int, int] | None,
+) -> list[Extent]:
+    """The byte copies between two run lists of equal total length, in field and token order.
+
+    Args:
+        layout: Of either side; block sizes do not matter here.
+        src_runs: (first slot, length) at the source.
+        dst_runs: Likewise at the destination.
+        room_slots: The blocks that hold the per-room values, (source, destination), or None if those stay.
+    """
+    shared = list(_shared_runs(iter(src_runs), iter(dst_runs)))
+    extents: list[Extent] = []
+    for number, field in enumerate(layout.fields):
+        size = field.slot_nbytes
+        if not field.per_room:
+            extents += [Extent(number, src * size, dst * size, n * size) for src, dst, n in shared]
+        elif room_slots is not None:
+            extents.append(Extent(number, room_slots[0] * size, room_slots[1] * size, size))
+    return extents
 
 
 def plan_part(
@@ -233,18 +292,10 @@ def plan_part(
         first: This is part 0, which also carries the per-room fields.
 
     Raises:
-        InvalidInput: Either side's blocks hold fewer than `tokens` tokens.
+        InvalidInput: No tokens, or either side's blocks hold fewer.
     """
-    shared = list(
-        _shared_runs(
-            runs(src_blocks, layout.block_tokens, tokens), runs(dst_blocks, dst_block_tokens, tokens)
-        )
-    )
-    extents: list[Extent] = []
-    for number, field in enumerate(layout.fields):
-        size = field.slot_nbytes
-        if not field.per_room:
-            extents += [Extent(number, src * size, dst * size, n * size) for src, dst, n in shared]
-        elif first:
-            extents.append(Extent(number, src_blocks[0] * size, dst_blocks[0] * size, size))
-    return extents
+    if tokens < 1:
+        raise InvalidInput(f"a part of {tokens} tokens")
+    src = list(runs(src_blocks, layout.block_tokens, tokens))
+    dst = list(runs(dst_blocks, dst_block_tokens, tokens))
+    return plan_runs(layout, src, dst, (src_blocks[0], dst_blocks[0]) if first else None)

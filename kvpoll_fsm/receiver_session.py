@@ -430,7 +430,7 @@ class ReceiverSession(Session):
         if renew:
             self._regate(renew=True)
 
-    def _awaited(self) -> str:
+    def awaited(self) -> str:
         reasons = {
             Gate.waiting_ranks: "the sender has not opened the room; is it open there, are all ranks here?",
             Gate.waiting_blocks: f"{self.options.blocks} blocks did not come free in this endpoint's pool",

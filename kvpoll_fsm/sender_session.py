@@ -486,7 +486,7 @@ class SenderSession(Session):
     def _ranks_without_blocks(self) -> bool:
         return any(slot.waits_for_blocks and slot.grant is None for slot in self.slots.values())
 
-    def _awaited(self) -> str:
+    def awaited(self) -> str:
         missing = [str(r) for r in range(self.required or 0) if r not in self.slots]
         late = [str(r) for r, s in self.slots.items() if not s.dummy and not (s.grant and s.reachable)]
         unacked = [str(r) for r, s in self.slots.items() if not s.dummy and not s.poll]

@@ -226,13 +226,13 @@ class Session:
             return
         seconds = self.deadlines.of(self.state, gate)
         code = FailureCode.PoolExhausted if gate is Gate.waiting_blocks else FailureCode.DeadlinePassed
-        self._fail(self._cause(code, f"{gate} for {seconds:g} s: {self._awaited()}", self._own_rank))
+        self._fail(self._cause(code, f"{gate} for {seconds:g} s: {self.awaited()}", self._own_rank))
 
     @property
     def _own_rank(self) -> int | None:
         return None if self.room_key.side == "sender" else self.room_key.rank
 
-    def _awaited(self) -> str:
+    def awaited(self) -> str:
         """What would open the present gate, for people."""
         raise NotImplementedError
 

@@ -1,0 +1,67 @@
+"""The settings of an endpoint, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpoll_fsm.address import Address
+from kvpoll_fsm.deadlines import Deadlines
+from kvpoll_fsm.errors import AddressError, InvalidInput
+from kvpoll_fsm.selection import Policy
+
+__all__ = ["Config"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How an endpoint is set up.
+
+    Attributes:
+        listen: Where the control plane listens; port 0 takes any free one. Loopback unless `advertise` is
+            given: the control plane has no authentication of its own yet.
+        advertise: The control address that peers are told, if it differs (containers, NAT).
+        policy: Which transports carry parts, best first.
+        deadlines: How long each gate may stay shut.
+        checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
+        arrays: "auto" (torch if it is imported, else numpy), "numpy" or "torch".
+        isolation: "thread"; the driver runs in a thread of this process.
+        transport_options: Keyword settings per transport name.
+        workers: Threads that copy and hash.
+    """
+
+    listen: Address
+    advertise: Address | None
+    policy: Policy
+    deadlines: Deadlines
+    checksum: bool | str = "auto"
+    arrays: str = "auto"
+    isolation: str = "thread"
+    transport_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        _one_of("checksum", self.checksum, ("auto", True, False))
+        _one_of("arrays", self.arrays, ("auto", "numpy", "torch"))
+        _one_of("isolation", self.isolation, ("thread",))
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers <= 64:
+            raise InvalidInput(f"workers={self.workers!r}: give 1 to 64 threads")
+        if self.listen.is_wildcard and self.advertise is None:
+            raise AddressError(str(self.listen), "a wildcard needs advertise='tcp://host:port' that peers can reach")
+        if self.advertise is not None:
+            self.advertise.with_port(self.advertise.port or 1).require_reachable()
+
+    def options_of(self, transport: str) -> dict[str, Any]:
+        """Keyword settings for a transport; tcp listens where the control plane does unless told otherwise."""
+        options = dict(self.transport_options.get(transport, {}))
+        if transport == "tcp":
+            options.setdefault("host", self.listen.host)
+            if self.advertise is not None:
+                options.setdefault("advertise", self.advertise.host)
+        return options
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+        raise InvalidInput(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,397 @@
+"""The public front: an endpoint, from which rooms are opened."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from kvpoll_fsm import registry
+from kvpoll_fsm.address import Address
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.blocks import BlockLoad
+from kvpoll_fsm.config import Config
+from kvpoll_fsm.deadlines import Deadlines
+from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.errors import (
+    DuplicateRoom,
+    EndpointClosed,
+    Failure,
+    FailureCode,
+    ForeignBlock,
+    ForkedError,
+    InvalidInput,
+    RequestTooLarge,
+)
+from kvpoll_fsm.handles import Receiver, Room, Sender
+from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
+from kvpoll_fsm.receiver_session import ReceiverOptions
+from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sender_session import SenderOptions
+from kvpoll_fsm.spi import Transport
+from kvpoll_fsm.view import RoomView
+
+__all__ = ["Endpoint"]
+
+T = TypeVar("T")
+CALL_S = 30.0
+"""Longest wait for the driver's answer to a question such as `load()`."""
+
+_endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+
+
+class Endpoint:
+    """One process's end of its transfers: a pool, transports, and a driver.
+
+    Use it as a context manager, or call `start()` and `close()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        transports: str = "prefer:tcp",
+        listen: str = "tcp://127.0.0.1:0",
+        advertise: str | None = None,
+        deadlines: Deadlines | None = None,
+        checksum: bool | str = "auto",
+        arrays: str = "auto",
+        isolation: str = "thread",
+        transport_options: Mapping[str, Mapping[str, Any]] | None = None,
+        workers: int = 2,
+    ) -> None:
+        """Store the settings; nothing is opened before `start()`.
+
+        Args:
+            pool: Blocks to receive into and to stage from.
+            transports: `require:x` (or `x`) or `prefer:a,b`: which may carry parts, best first.
+            listen: Control address, `tcp://host:port`; port 0 takes any free one.
+            advertise: The control address peers are told, if it differs.
+            deadlines: How long rooms may wait at each gate.
+            checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
+            arrays: What results are made of: "auto" (torch if imported), "numpy", "torch".
+            isolation: "thread": the driver runs in a thread of this process.
+            transport_options: Keyword settings by transport name.
+            workers: Threads that copy and hash.
+
+        Raises:
+            InvalidInput: A setting that cannot work; names it and what it may be.
+        """
+        if not isinstance(pool, BlockPool):
+            raise InvalidInput(f"pool={pool!r}: give a BlockPool(layout, blocks=...)")
+        self.pool = pool
+        self.config = Config(
+            listen=Address.parse(listen),
+            advertise=None if advertise is None else Address.parse(advertise),
+            policy=Policy.parse(transports),
+            deadlines=deadlines or Deadlines(),
+            checksum=checksum,
+            arrays=arrays,
+            isolation=isolation,
+            transport_options=transport_options or {},
+            workers=workers,
+        )
+        self._open: dict[tuple[str, int, int], Room] = {}
+        self._lock = threading.Lock()
+        self._draining = False
+        self._driver: Driver | None = None
+        self._address: Address | None = None
+
+    # Start and end
+
+    def start(self) -> Endpoint:
+        """Load the transports, take ports, start the driver. Returns itself.
+
+        Raises:
+            TransportUnavailable: No transport of the policy can be used (`require`: the one named); says why.
+            AddressError: The listen address cannot be bound.
+        """
+        if self._driver is not None:
+            raise InvalidInput("the endpoint has been started before; make a new one")
+        driver = Driver(self.pool, self.config, self._load_transports())
+        self._address = driver.start()
+        self._driver = driver
+        _endpoints.add(self)
+        return self
+
+    def close(self) -> None:
+        """End all rooms, tell peers, wait briefly for their acknowledgement, give everything back."""
+        driver = self._driver
+        if driver is None or driver.forked:
+            return
+        driver.close()
+        _endpoints.discard(self)
+
+    def __enter__(self) -> Endpoint:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> Address:
+        """Where peers reach this endpoint; `str(address)` is what they pass as `peer`."""
+        if self._address is None:
+            raise EndpointClosed("not started: use `with Endpoint(...)` or call start()")
+        return self._address
+
+    @property
+    def driver(self) -> Driver:
+        """The driver, for tools and tests.
+
+        Raises:
+            EndpointClosed: Not started, or ended.
+            ForkedError: In a forked child.
+        """
+        driver = self._driver
+        if driver is None:
+            raise EndpointClosed("not started: use `with Endpoint(...)` or call start()")
+        if driver.forked:
+            raise ForkedError(driver.pid, os.getpid())
+        if driver.ended is not None:
+            raise EndpointClosed(driver.ended)
+        return driver
+
+    # Rooms
+
+    def sender(self, room: int, *, required_ranks: int | None = None, tag: str = "", transports: str | None = None) -> Sender:
+        """Open the sender's side of a room. Never waits; receivers may come before or after.
+
+        Args:
+            room: 0 to 2**63 - 1, agreed on with the receivers.
+            required_ranks: Receiver ranks there must be, or None to take it from their messages.
+            tag: The host's own name for the room, for logs.
+            transports: A policy for this room instead of the endpoint's.
+
+        Raises:
+            DuplicateRoom: It is open here and was not cleared; the open one is not affected.
+            InvalidInput: A number outside its range.
+        """
+        _in_range("room", room, 0, MAX_ROOM)
+        if required_ranks is not None:
+            _in_range("required_ranks", required_ranks, 1, MAX_RANKS)
+        driver, view = self.driver, RoomView(room, 0, tag)
+        policy = self.config.policy if transports is None else Policy.parse(transports)
+        limit = self.pool.capacity_tokens if self.pool.managed else 0
+        options = SenderOptions(required_ranks, policy, tuple(driver.transports), self.pool.layout.block_tokens, limit)
+        handle = Sender(self, view)
+        self._enter(handle)
+        driver.post(lambda: self._opened(view, lambda: driver.core.open_sender(room, options)))
+        return handle
+
+    def receiver(
+        self,
+        room: int,
+        *,
+        peer: str | Address,
+        tokens: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        resume: str = "drain",
+        blocks: Sequence[int] | None = None,
+        dummy: bool = False,
+        tag: str = "",
+    ) -> Receiver:
+        """Open one receiver rank of a room: grants blocks and, by default, resumes by itself.
+
+        Args:
+            room: As the sender's.
+            peer: The sender's `str(endpoint.address)`.
+            tokens: Size of one grant; larger data comes in several parts. Default 8 blocks, or the whole pool
+                if that is less.
+            rank: This receiver's rank, 0 to `ranks - 1`.
+            ranks: How many receiver ranks the room has.
+            resume: What makes room for the next part: "drain" copies the part out and uses the same blocks
+                again; "extend" takes as many fresh ones (or drains if none are free); "manual" waits for
+                `resume(blocks)`.
+            blocks: Blocks of the engine's own for part 0 (`BlockPool.adopt`, with resume="manual").
+            dummy: A rank that counts but holds no data.
+            tag: The host's own name for the room, for logs.
+
+        Raises:
+            DuplicateRoom: This rank is open here and was not cleared; the open one is not affected.
+            RequestTooLarge: More tokens than the pool holds in all.
+            ForeignBlock: Blocks that the pool does not have, or that are in use.
+            AddressError: A peer address that cannot be read or reached.
+            InvalidInput: Anything else that cannot work.
+        """
+        _in_range("room", room, 0, MAX_ROOM)
+        _in_range("ranks", ranks, 1, MAX_RANKS)
+        _in_range("rank", rank, 0, ranks - 1)
+        address = Address.parse(peer).require_reachable()
+        chosen, count = self._grant_size(tokens, resume, blocks, dummy)
+        driver, view = self.driver, RoomView(room, rank, tag)
+        handle = Receiver(self, view, manual=resume == "manual")
+        self._enter(handle)
+
+        def opening() -> Any:
+            options = ReceiverOptions(driver.connect(address), ranks, count, self.pool.layout.block_tokens, resume, chosen)
+            return driver.core.open_receiver(room, rank, options)
+
+        if not chosen:
+            driver.post(lambda: self._opened(view, opening))
+            return handle
+        try:
+            driver.call(lambda: driver.add_view(opening(), view)).result(CALL_S)
+        except BaseException:
+            self.dropped(handle)
+            raise
+        return handle
+
+    # The whole endpoint
+
+    def load(self) -> BlockLoad:
+        """How the pool's blocks are used: free, leased, quarantined, and requests queued.
+
+        Raises:
+            EndpointClosed: The endpoint has ended.
+        """
+        return self._ask(lambda driver: driver.core.load())
+
+    def is_idle(self) -> bool:
+        """No room is live, and no write can land any more."""
+        return self._ask(_is_idle)
+
+    def drain(self, deadline_s: float) -> bool:
+        """Take no new rooms and wait until those open have ended; False if the deadline came first."""
+        self._draining = True
+        ends_s = time.monotonic() + deadline_s
+        while not self.is_idle():
+            live = self._live()
+            left_s = ends_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            _await_quiet(live[0] if live else None, left_s)
+        return True
+
+    def dump(self) -> list[dict[str, Any]]:
+        """Every room that is not over: side, room, rank, state, the gate it waits at, and bytes done."""
+        return self._ask(lambda driver: [_describe(driver, key) for key in driver.core.sessions])
+
+    # Inside
+
+    def dropped(self, handle: Room) -> None:
+        """A handle was cleared: its room may be opened again."""
+        place = (handle.side, handle.room, handle.rank)
+        with self._lock:
+            if self._open.get(place) is handle:
+                del self._open[place]
+
+    def _enter(self, handle: Room) -> None:
+        place = (handle.side, handle.room, handle.rank)
+        with self._lock:
+            if self._draining:
+                raise EndpointClosed("draining: no new rooms are taken")
+            if place in self._open:
+                raise DuplicateRoom(*place)
+            self._open[place] = handle
+
+    def _opened(self, view: RoomView, opening: Callable[[], Any]) -> None:
+        """Open a room on the driver's thread; what cannot be opened ends Failed."""
+        try:
+            self._driver_unchecked().add_view(opening(), view)
+        except Exception as error:  # told to the handle's owner by poll(), as any other failure
+            failure = Failure.of(FailureCode.InternalError, f"could not be opened: {error}", state=view.state)
+            view.fail(failure)
+
+    def _driver_unchecked(self) -> Driver:
+        if self._driver is None:
+            raise EndpointClosed("not started")
+        return self._driver
+
+    def _live(self) -> list[RoomView]:
+        with self._lock:
+            views = [handle.view for handle in self._open.values()]
+        return [view for view in views if not view.quiescent]
+
+    def _ask(self, question: Callable[[Driver], T]) -> T:
+        driver = self.driver
+        return driver.call(lambda: question(driver)).result(CALL_S)
+
+    def _grant_size(
+        self, tokens: int | None, resume: str, blocks: Sequence[int] | None, dummy: bool
+    ) -> tuple[tuple[int, ...], int]:
+        """The blocks the engine chose, and how many blocks one grant has (0 for a dummy rank)."""
+        if resume not in ("drain", "extend", "manual"):
+            raise InvalidInput(f"resume={resume!r}: choose 'drain', 'extend' or 'manual'")
+        if dummy:
+            return (), 0
+        if (blocks is not None) is not (resume == "manual") or (blocks is not None) is self.pool.managed:
+            raise InvalidInput("blocks=[...], resume='manual' and a BlockPool.adopt() belong together")
+        if blocks is not None:
+            chosen = tuple(blocks)
+            if not chosen or any(not isinstance(b, int) or not 0 <= b < self.pool.blocks for b in chosen):
+                raise ForeignBlock(chosen, f"name at least one block id, each 0 to {self.pool.blocks - 1}")
+            return chosen, len(chosen)
+        if tokens is None:
+            return (), min(8, self.pool.blocks)
+        _in_range("tokens", tokens, 1, MAX_ROOM)
+        count = self.pool.layout.blocks_for(tokens)
+        if count > min(self.pool.blocks, MAX_BLOCKS_PER_GRANT):
+            raise RequestTooLarge(count, min(self.pool.blocks, MAX_BLOCKS_PER_GRANT))
+        return (), count
+
+    def _load_transports(self) -> dict[str, Transport]:
+        """The transports of the policy; with `prefer` those that cannot be loaded are left out, if any can."""
+        policy, loaded, refusals = self.config.policy, {}, []
+        for name in policy.names:
+            try:
+                loaded[name] = registry.load(name)(**self.config.options_of(name))
+            except registry.TransportUnavailable as error:
+                refusals.append(error)
+        if not loaded:
+            raise refusals[0]
+        return loaded
+
+
+def _await_quiet(view: RoomView | None, left_s: float) -> None:
+    """Wait a moment for a room that is live; rooms that were cleared have no view to wait on."""
+    if view is None:
+        time.sleep(min(left_s, 0.01))
+    else:
+        view.wait_until(lambda: view.quiescent, min(left_s, 1.0))
+
+
+def _is_idle(driver: Driver) -> bool:
+    return driver.outgoing.idle and all(session.quiescent for session in driver.core.sessions.values())
+
+
+def _describe(driver: Driver, key: Any) -> dict[str, Any]:
+    session = driver.core.sessions[key]
+    view = driver.views.get(key)
+    return {
+        "side": key.side,
+        "room": key.room,
+        "rank": key.rank,
+        "tag": view.tag if view else "",
+        "state": str(session.state),
+        "gate": str(session.gate),
+        "waits_for": "" if session.state.is_terminal else session.awaited(),
+        "bytes_done": session.bytes_done,
+    }
+
+
+def _in_range(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidInput(f"{name}={value!r}: give an integer from {low} to {high}")
+
+
+def _after_fork_in_child() -> None:
+    for endpoint in list(_endpoints):
+        endpoint._driver_unchecked().forked = True
+
+
+def _close_all() -> None:
+    for endpoint in list(_endpoints):
+        endpoint.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_close_all)

@@ -1,0 +1,291 @@
+"""What the host holds of a room: `Sender` and `Receiver`. Made by `Endpoint`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
+
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.deadlines import Gate
+from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.errors import Failure, ForeignBlock, ForkedError, InvalidInput, TransferFailed
+from kvpoll_fsm.inputs import AbortRoom, ReleasePart, ResumeWith, Supplied
+from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.session import PartRecord, RoomKey
+from kvpoll_fsm.staging import Source
+from kvpoll_fsm.view import RoomView
+
+__all__ = ["Receiver", "Sender"]
+
+
+class Owner(Protocol):
+    """What a handle needs of its endpoint."""
+
+    pool: BlockPool
+
+    @property
+    def driver(self) -> Driver:
+        """The driver that runs the rooms."""
+        ...
+
+    def dropped(self, handle: Room) -> None:
+        """The room may be opened again."""
+        ...
+
+
+class Room:
+    """One side of a room. All methods may be called from any thread; none but `wait` and `result` waits."""
+
+    side = ""
+
+    def __init__(self, owner: Owner, view: RoomView) -> None:
+        self._owner = owner
+        self._driver = owner.driver
+        self.view = self._view = view
+
+    @property
+    def room(self) -> int:
+        """The room's number."""
+        return self._view.room
+
+    @property
+    def rank(self) -> int:
+        """The receiver's rank; 0 for a sender."""
+        return self._view.rank
+
+    def poll(self) -> KVPoll:
+        """Where the room stands. Reads one attribute; never waits, never raises for a failed room.
+
+        Raises:
+            ForkedError: In a forked child of the process that made the handle.
+        """
+        driver = self._driver
+        if driver.forked:
+            raise ForkedError(driver.pid, os.getpid())
+        driver.host_seen = True
+        return self._view.state
+
+    def wait(self, timeout: float | None = None) -> KVPoll:
+        """Wait until the room has ended, at most `timeout` seconds, and return its state then."""
+        self.poll()
+        self._view.wait_until(lambda: self._view.state.is_terminal, timeout)
+        return self._view.state
+
+    def wait_quiescent(self, timeout: float | None = None) -> bool:
+        """Wait until no write can land, and no source is read, any more; False if the time passed first.
+
+        Then blocks of the engine's own and borrowed arrays may be used again.
+        """
+        self.poll()
+        return self._view.wait_until(lambda: self._view.quiescent, timeout)
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the room ended Failed, or None."""
+        return self._view.failure
+
+    @property
+    def history(self) -> tuple[KVPoll, ...]:
+        """The states gone through, the present one last."""
+        return self._view.history
+
+    @property
+    def parts(self) -> tuple[PartRecord, ...]:
+        """The parts that have an outcome."""
+        return self._view.parts
+
+    @property
+    def gate(self) -> Gate:
+        """What the room waits for."""
+        return self._view.gate
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes of the room that have landed, over all ranks, as far as this side knows."""
+        return self._view.bytes_done
+
+    def abort(self, reason: str = "aborted by the host") -> None:
+        """Give the room up. Both sides end Failed; the other is told why."""
+        self._post(lambda key: self._driver.core.feed(key, AbortRoom(reason)))
+
+    def clear(self) -> None:
+        """Drop the room; its number may be used again at once. A live room is aborted.
+
+        What must still be said to the peer, and blocks that might still be written, are looked after.
+        """
+        self._post(self._driver.clear)
+        self._owner.dropped(self)
+
+    def _post(self, action: Callable[[RoomKey], None]) -> None:
+        """Act on the driver's thread, once the room is open there."""
+        self.poll()
+        view = self._view
+
+        def task() -> None:
+            if view.key is not None:
+                action(view.key)
+
+        self._driver.post(task)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} room={self.room} rank={self.rank} {self._view.state}>"
+
+
+class Sender(Room):
+    """The sender's side of a room."""
+
+    side = "sender"
+
+    def __init__(self, owner: Owner, view: RoomView) -> None:
+        super().__init__(owner, view)
+        self._source: RoomSource | None = None
+        self._total_tokens = 0
+        self._ready_tokens = 0
+
+    def send(self, data: Mapping[str, Any], *, copy: bool = False) -> None:
+        """Send a room's data, staged part by part through the endpoint's own pool. Never waits.
+
+        Args:
+            data: For every field of the layout an array or CPU tensor `[tokens, *shape_per_token]` (per-room
+                fields: `shape_per_token`). All have the same number of tokens, at least 1.
+            copy: Take a snapshot. Otherwise the arrays are borrowed: leave them unchanged until
+                `wait_quiescent()`.
+
+        Raises:
+            LayoutError: A field is missing, unknown, or of another dtype or shape; names the field.
+            InvalidInput: No tokens, data was given before, or the pool's blocks are the engine's own.
+        """
+        self._require_unsent()
+        if not self._owner.pool.managed:
+            raise InvalidInput("send() stages through blocks of our own; with adopt()ed blocks call open() and send_blocks()")
+        source = Source.of(self._owner.pool.layout, data, copy)
+        self._source, self._total_tokens = source, source.total_tokens
+        self._supply(source.total_tokens, staged=True)
+
+    def open(self, total_tokens: int) -> None:
+        """Say how many tokens the room will have; `send_blocks()` brings them.
+
+        Raises:
+            InvalidInput: Less than 1 token, data was given before, or the pool chooses blocks by itself.
+        """
+        self._require_unsent()
+        if self._owner.pool.managed:
+            raise InvalidInput("open() is for blocks of the engine's own: make the pool with BlockPool.adopt(), or call send()")
+        if isinstance(total_tokens, bool) or not isinstance(total_tokens, int) or total_tokens < 1:
+            raise InvalidInput(f"total_tokens={total_tokens!r}: give an integer of at least 1")
+        self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
+        self._total_tokens = total_tokens
+
+    def send_blocks(self, block_ids: Sequence[int], tokens: int) -> None:
+        """Send the next `tokens` tokens, which lie in these blocks from the start of the first on.
+
+        May be called any number of times (chunked prefill) until the total is reached. `is_last` follows
+        from the total. The blocks must stay unchanged until `wait_quiescent()`.
+
+        Raises:
+            InvalidInput: `open()` was not called, or more tokens than it said, or than the blocks hold.
+            ForeignBlock: Ids that the pool does not have.
+        """
+        if not isinstance(self._source, EngineBlocks):
+            raise InvalidInput("call open(total_tokens) before send_blocks()")
+        blocks, pool = tuple(block_ids), self._owner.pool
+        if any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in blocks):
+            raise ForeignBlock(blocks, f"block ids of this pool are 0 to {pool.blocks - 1}")
+        if tokens < 1 or pool.layout.blocks_for(tokens) != len(blocks):
+            needed = pool.layout.blocks_for(max(tokens, 1))
+            raise InvalidInput(f"{tokens} tokens take {needed} blocks of {pool.layout.block_tokens}, {len(blocks)} were given")
+        if self._ready_tokens + tokens > self._total_tokens:
+            raise InvalidInput(f"{self._ready_tokens + tokens} tokens in a room opened for {self._total_tokens}")
+        source = self._source
+        self._driver.post(lambda: source.add(blocks, tokens))
+        self._supply(self._ready_tokens + tokens, staged=False)
+
+    def _require_unsent(self) -> None:
+        if self._source is not None:
+            raise InvalidInput(f"room {self.room} was given its data before; one room carries one transfer")
+
+    def _supply(self, ready_tokens: int, *, staged: bool) -> None:
+        self._ready_tokens = ready_tokens
+        source, supplied = self._source, Supplied(self._total_tokens, ready_tokens, staged)
+
+        def supply(key: RoomKey) -> None:
+            if source is not None and key in self._driver.core.sessions:
+                self._driver.outgoing.sources[key] = source
+            self._driver.core.feed(key, supplied)
+
+        self._post(supply)
+
+
+class Receiver(Room):
+    """One receiver rank's side of a room."""
+
+    side = "receiver"
+
+    def __init__(self, owner: Owner, view: RoomView, manual: bool) -> None:
+        super().__init__(owner, view)
+        self._manual = manual
+
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the data.
+
+        Returns:
+            For every field an array `[tokens, *shape_per_token]` (per-room fields: `shape_per_token`), the
+            host's own from now on. Nothing for a dummy rank.
+
+        Raises:
+            TimeoutError: The room is still live after `timeout` seconds; it goes on.
+            TransferFailed: It ended Failed; carries the failure.
+            InvalidInput: With resume="manual" the data stays in the engine's blocks.
+        """
+        if self._manual:
+            raise InvalidInput('with resume="manual" the data stays in your blocks: read them by `part`')
+        state = self.wait(timeout)
+        if not state.is_terminal:
+            raise TimeoutError(f"room {self.room} is {state}, waiting at {self.gate}, after {timeout} s")
+        if self._view.failure is not None:
+            raise TransferFailed(self.room, self._view.failure)
+        return dict(self._view.data or {})
+
+    def __await__(self) -> Generator[Any, None, dict[str, Any]]:
+        return self._result_async().__await__()
+
+    async def _result_async(self) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def tell() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(ended.set)
+
+        self._view.call_when_ended(tell)
+        await ended.wait()
+        return self.result(timeout=0)
+
+    @property
+    def part(self) -> PartRecord | None:
+        """The newest part that has an outcome: its range, and the blocks it lies in. None before the first."""
+        parts = self._view.parts
+        return parts[-1] if parts else None
+
+    def resume(self, blocks: Sequence[int]) -> None:
+        """Grant these blocks for the next part (`manual`).
+
+        Raises:
+            InvalidInput: Not resume="manual", or the room does not wait for a resume.
+            ForeignBlock: Ids the pool does not have.
+        """
+        if not self._manual:
+            raise InvalidInput('resume() is for resume="manual"; this room resumes by itself')
+        chosen, pool = tuple(blocks), self._owner.pool
+        if not chosen or any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in chosen):
+            raise ForeignBlock(chosen, f"name at least one block id, each 0 to {pool.blocks - 1}")
+        if self._view.gate is not Gate.waiting_resume:
+            raise InvalidInput(f"the room is {self._view.state} at {self._view.gate} and takes no resume now")
+        self._post(lambda key: self._driver.core.feed(key, ResumeWith(chosen)))
+
+    def release(self, part: int) -> None:
+        """The engine has no more use for the blocks of a committed part (`manual`)."""
+        self._post(lambda key: self._driver.core.feed(key, ReleasePart(part)))

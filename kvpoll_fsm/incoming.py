@@ -1,0 +1,153 @@
+"""Carries out what a receiving room asks: expose blocks to transports, fence, verify, copy out.
+
+Used by the driver's thread alone, but for the copying and hashing, which runs on a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.arrays import Array, Kind
+from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
+from kvpoll_fsm.errors import Failure, FailureCode, KvpollError
+from kvpoll_fsm.inputs import CopiedOut, Fenced, Granted, GrantRefused, Input, Verified
+from kvpoll_fsm.outgoing import Submit
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.spi import FenceKind, LeaseId, Range, Transport
+from kvpoll_fsm.staging import Destination, verify
+
+__all__ = ["Incoming"]
+
+Problem = tuple[FailureCode, str]
+
+
+class Incoming:
+    """The exposed blocks and the destinations of one endpoint's receiving rooms."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        transports: Mapping[str, Transport],
+        submit: Submit,
+        feed: Callable[[RoomKey, Input], None],
+        arrays: str,
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            pool: The blocks that are exposed and copied from.
+            transports: By name; a grant is good for all of them.
+            submit: Runs work on a worker.
+            feed: Gives an input to a room.
+            arrays: Kind of the arrays rooms end in: "auto", "numpy" or "torch".
+        """
+        self._pool = pool
+        self._transports = transports
+        self._submit = submit
+        self._feed = feed
+        self._kind = cast("Kind", arrays)
+        self._tokens: dict[tuple[RoomKey, int], dict[str, bytes]] = {}
+        self._fences: dict[tuple[str, int], tuple[RoomKey, int]] = {}
+        self._destinations: dict[RoomKey, Destination] = {}
+
+    def expose(self, key: RoomKey, command: Expose) -> None:
+        """Admit writes to the blocks on every transport and feed the grant."""
+        lease = LeaseId(key.side, key.room, key.rank, key.generation, command.part)
+        ranges = self._ranges(command.blocks, first=command.part == 0)
+        try:
+            tokens = {name: transport.grant(lease, ranges) for name, transport in self._transports.items()}
+        except KvpollError as error:
+            code = FailureCode.InternalError
+            failure = Failure.of(code, f"grant: {error}", state=KVPoll.Bootstrapping, rank=key.rank)
+            self._feed(key, GrantRefused(command.part, failure))
+            return
+        self._tokens[key, command.part] = tokens
+        capacity = len(command.blocks) * self._pool.layout.block_tokens
+        self._feed(key, Granted(command.part, command.blocks, capacity, tuple(tokens.items())))
+
+    def release(self, key: RoomKey, part: int) -> None:
+        """The lease of a part is over: its tokens admit nothing any more."""
+        for name, token in self._tokens.pop((key, part), {}).items():
+            self._transports[name].revoke(token)
+
+    def fence(self, key: RoomKey, command: Fence) -> None:
+        """Fence the part on every transport it was offered on.
+
+        Without force nothing is done that would hurt other rooms: the tokens die, and the blocks wait in
+        quarantine for the writer's word.
+        """
+        tokens = self._tokens.get((key, command.part), {})
+        costly = any(self._transports[name].capabilities.fence is FenceKind.process for name in tokens)
+        if costly and not command.force:
+            for name, token in tokens.items():
+                self._transports[name].revoke(token)
+            return
+        for name, token in tokens.items():
+            self._fences[name, self._transports[name].fence(token)] = (key, command.part)
+        if not tokens:
+            self._feed(key, Fenced(command.part))
+
+    def fenced(self, transport: str, fence: int) -> None:
+        """One transport has fenced; the part is once all have."""
+        place = self._fences.pop((transport, fence), None)
+        if place is not None and place not in self._fences.values():
+            self._feed(place[0], Fenced(place[1]))
+
+    def verify(self, key: RoomKey, command: Verify) -> None:
+        """Check a landed part where it lies."""
+        self._submit(
+            key,
+            lambda: self._check(command.held, command.checksum),
+            lambda result: self._feed(key, Verified(command.held.part, _problem(result))),
+        )
+
+    def copy_out(self, key: RoomKey, command: CopyOut) -> None:
+        """Check and copy landed parts into the room's own arrays."""
+        self._submit(
+            key,
+            lambda: self._copy(key, command),
+            lambda result: self._feed(key, CopiedOut(command.parts[-1].part, _problem(result))),
+        )
+
+    def take_arrays(self, key: RoomKey) -> dict[str, Array] | None:
+        """The arrays of a room that ended Success, given out once; None where the engine owns the blocks."""
+        destination = self._destinations.pop(key, None)
+        return destination.arrays() if destination else None
+
+    def forget(self, key: RoomKey) -> None:
+        """The room is over."""
+        self._destinations.pop(key, None)
+
+    def _ranges(self, blocks: tuple[int, ...], *, first: bool) -> list[Range]:
+        layout = self._pool.layout
+        ranges = []
+        for number, field in enumerate(layout.fields):
+            size = field.block_nbytes(layout.block_tokens)
+            chosen = blocks if not field.per_room else blocks[: 1 if first else 0]
+            ranges += [Range(number, block * size, size) for block in chosen]
+        return ranges
+
+    def _check(self, held: HeldPart, checksum: bytes) -> Problem | None:
+        if verify(self._pool, held, checksum):
+            return None
+        detail = f"part {held.part}, tokens {held.offset} to {held.offset + held.tokens}: the bytes differ"
+        return FailureCode.ChecksumMismatch, detail
+
+    def _copy(self, key: RoomKey, command: CopyOut) -> Problem | None:
+        last = command.parts[-1]
+        problem = None if command.checksum is None else self._check(last, command.checksum)
+        if problem is None:
+            if key not in self._destinations:
+                self._destinations[key] = Destination(self._pool.layout, command.total_tokens, self._kind)
+            self._destinations[key].copy_out(self._pool, command.parts)
+        return problem
+
+
+def _problem(result: object) -> Problem | None:
+    """What a worker found, or the exception it ended with, as a failure."""
+    if isinstance(result, BaseException):
+        return FailureCode.InternalError, f"{type(result).__name__}: {result}"
+    return cast("Problem | None", result)

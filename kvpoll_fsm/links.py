@@ -1,0 +1,87 @@
+"""Links to peers' data ports: one per (connection, transport), reached before anything is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from kvpoll_fsm.errors import KvpollError
+from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.spi import Link, LinkDown, LinkUp, Transport
+
+__all__ = ["Links"]
+
+Answer = Callable[[bool, str], None]
+
+
+@dataclass
+class _Entry:
+    link: Link
+    up: bool = False
+    waiting: list[Answer] = field(default_factory=list)
+
+
+class Links:
+    """The data links of one endpoint. Used by the driver's thread alone."""
+
+    def __init__(self, transports: Mapping[str, Transport]) -> None:
+        self._transports = transports
+        self._links: dict[tuple[int, str], _Entry] = {}
+        self._numbers: dict[tuple[str, int], tuple[int, str]] = {}
+
+    def reach(self, conn: int, offer: TransportOffer | None, name: str, answer: Answer) -> None:
+        """Make sure that the peer's data port answers through transport `name`, then call `answer`.
+
+        Args:
+            conn: The connection to the peer.
+            offer: What the peer offers for this transport, or None if it does not.
+            name: The transport.
+            answer: Called once with (reached, why not).
+        """
+        entry = self._links.get((conn, name))
+        if entry is not None and entry.up:
+            return answer(True, "")
+        if entry is None:
+            if offer is None or name not in self._transports:
+                return answer(False, "the peer does not offer it")
+            try:
+                entry = self._connect(conn, offer)
+            except KvpollError as error:
+                return answer(False, str(error))
+        entry.waiting.append(answer)
+
+    def get(self, conn: int, name: str) -> Link | None:
+        """The link that was reached, or None."""
+        entry = self._links.get((conn, name))
+        return entry.link if entry else None
+
+    def completed(self, name: str, completion: LinkUp | LinkDown) -> None:
+        """A link of transport `name` works, or does not."""
+        place = self._numbers.get((name, completion.link))
+        if place is None:
+            return
+        entry = self._links[place]
+        up = isinstance(completion, LinkUp)
+        entry.up = up
+        waiting, entry.waiting = entry.waiting, []
+        if isinstance(completion, LinkDown):
+            self._drop(place)
+        for answer in waiting:
+            answer(up, "" if isinstance(completion, LinkUp) else completion.reason)
+
+    def hang_up(self, conn: int) -> None:
+        """The peer is gone: its links end, and with them what is in flight on them."""
+        for place in [place for place in self._links if place[0] == conn]:
+            self._drop(place)
+
+    def _connect(self, conn: int, offer: TransportOffer) -> _Entry:
+        link = self._transports[offer.name].connect(offer.descriptor, offer.regions)
+        entry = _Entry(link)
+        self._links[conn, offer.name] = entry
+        self._numbers[offer.name, link.number] = (conn, offer.name)
+        return entry
+
+    def _drop(self, place: tuple[int, str]) -> None:
+        entry = self._links.pop(place)
+        self._numbers.pop((place[1], entry.link.number), None)
+        entry.link.close()

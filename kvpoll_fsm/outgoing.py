@@ -1,0 +1,324 @@
+"""Carries out StartPart: stage, hash, write under tickets, and report once per rank how that ended.
+
+Used by the driver's thread alone, but for `_prepare`, which runs on a worker.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, Union
+
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.commands import StartPart, Target
+from kvpoll_fsm.connection import Connection
+from kvpoll_fsm.errors import KvpollError
+from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
+from kvpoll_fsm.layout import Extent, cut, plan_runs, runs
+from kvpoll_fsm.links import Links
+from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Transport, Write
+from kvpoll_fsm.spi import Progress as TicketProgress
+from kvpoll_fsm.staging import Source, checksum_runs, stage
+
+__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "Submit"]
+
+Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], None]
+"""For a room, run the first on a worker and give its result or exception to the second on the driver's thread."""
+
+Runs = list[tuple[int, int]]
+TicketEnd = Union[Done, Failed]
+
+
+class EngineBlocks:
+    """Source blocks that the engine names, in token order; each addition starts at its first block's start."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._runs: Runs = []
+        self._first_block: int | None = None
+
+    def add(self, blocks: tuple[int, ...], tokens: int) -> None:
+        """Append `tokens` tokens that lie in `blocks`."""
+        self._runs += runs(blocks, self._block_tokens, tokens)
+        if self._first_block is None:
+            self._first_block = blocks[0]
+
+    def slots(self, offset: int, tokens: int) -> Runs:
+        """Where tokens [offset, offset + tokens) lie: (first slot, length) runs."""
+        return list(cut(self._runs, offset, tokens))
+
+    @property
+    def room_block(self) -> int:
+        """The block that holds the per-room values."""
+        return self._first_block or 0
+
+
+RoomSource = Union[Source, EngineBlocks]
+
+
+class Peers(Protocol):
+    """What is known of the peers: `EndpointCore.connections`."""
+
+    def get(self, conn: int, /) -> Connection | None:
+        """The connection of that number, or None."""
+        ...
+
+
+@dataclass
+class _Prepared:
+    """A part that is ready to be written: where it lies, and its checksum if one is wanted."""
+
+    slots: Runs
+    room_block: int | None
+    checksum: bytes | None
+
+
+@dataclass
+class _Writing:
+    """The writes of one part to one rank."""
+
+    key: RoomKey
+    command: StartPart
+    target: Target
+    checksum: bytes | None = None
+    pending: deque[list[Write]] = field(default_factory=deque)
+    tickets: dict[int, int] = field(default_factory=dict)
+    loose: set[int] = field(default_factory=set)
+    source_free: bool = True
+    failed: str = ""
+    ended: bool = False
+
+
+class Outgoing:
+    """The parts on their way out of one endpoint."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        transports: Mapping[str, Transport],
+        links: Links,
+        peers: Peers,
+        submit: Submit,
+        feed: Callable[[RoomKey, Input], None],
+        hashes: Callable[[str], bool],
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            pool: Where parts are staged, and where the engine's blocks are.
+            transports: By name.
+            links: To the peers' data ports.
+            peers: The connections by number.
+            submit: Runs work on a worker.
+            feed: Gives an input to a room.
+            hashes: Whether a transport wants a checksum.
+        """
+        self.sources: dict[RoomKey, RoomSource] = {}
+        self._pool = pool
+        self._transports = transports
+        self._links = links
+        self._peers = peers
+        self._submit = submit
+        self._feed = feed
+        self._hashes = hashes
+        self._writings: dict[tuple[RoomKey, int], _Writing] = {}
+        self._by_ticket: dict[tuple[str, int], _Writing] = {}
+        self._lanes: dict[tuple[int, str], deque[_Writing]] = {}
+        self._landed: dict[RoomKey, int] = {}
+
+    def start(self, key: RoomKey, command: StartPart) -> None:
+        """Begin to move a part to its targets."""
+        for target in command.targets:
+            self._writings[key, target.rank] = _Writing(key, command, target)
+        self._submit(key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result))
+
+    def cancel(self, key: RoomKey) -> None:
+        """Stop what can be stopped of the room's part; its ends are reported all the same."""
+        for writing in self._of(key):
+            self._give_up(writing, "cancelled")
+            link = self._links.get(writing.target.conn, writing.target.transport)
+            for ticket in writing.tickets:
+                if link is not None:
+                    link.cancel(ticket)
+
+    def completed(self, transport: str, completion: Done | Failed | Quiesced | TicketProgress) -> None:
+        """A ticket ended, moved on, or can land no more."""
+        writing = self._by_ticket.get((transport, completion.ticket))
+        if writing is None:
+            return
+        if isinstance(completion, TicketProgress):
+            self._advance(writing, completion.ticket, completion.nbytes)
+        elif isinstance(completion, Quiesced):
+            self._quiesced(writing, transport, completion.ticket)
+        else:
+            self._ended(writing, transport, completion)
+
+    def room_of(self, transport: str, ticket: int) -> RoomKey | None:
+        """The room a ticket belongs to."""
+        writing = self._by_ticket.get((transport, ticket))
+        return writing.key if writing else None
+
+    def forget(self, key: RoomKey) -> None:
+        """The room is over: let go of its source."""
+        self.sources.pop(key, None)
+        self._landed.pop(key, None)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being written."""
+        return not self._writings and not self._by_ticket
+
+    def _of(self, key: RoomKey) -> list[_Writing]:
+        return [writing for (other, _), writing in self._writings.items() if other == key]
+
+    # Staging and hashing, on a worker
+
+    def _prepare(self, key: RoomKey, command: StartPart) -> _Prepared:
+        source = self.sources[key]
+        first = command.part == 0
+        if isinstance(source, EngineBlocks):
+            slots, room_block = source.slots(command.offset, command.tokens), source.room_block
+        else:
+            if command.attempt == 0:
+                stage(self._pool, command.blocks, source, command.offset, command.tokens, first)
+            slots = list(runs(command.blocks, self._pool.layout.block_tokens, command.tokens))
+            room_block = command.blocks[0]
+        wanted = any(self._hashes(target.transport) for target in command.targets)
+        of_room = room_block if first else None
+        return _Prepared(slots, of_room, checksum_runs(self._pool, slots, of_room) if wanted else None)
+
+    def _prepared(self, key: RoomKey, command: StartPart, result: object) -> None:
+        for target in command.targets:
+            writing = self._writings[key, target.rank]
+            if not isinstance(result, _Prepared):
+                self._give_up(writing, f"staging failed: {result!r}")
+            elif not writing.failed:
+                writing.checksum = result.checksum if self._hashes(target.transport) else None
+                self._plan(writing, result)
+            if writing.failed:
+                self._finish(writing)
+
+    def _plan(self, writing: _Writing, prepared: _Prepared) -> None:
+        """Turn the part into batches of writes, and queue them once the link works."""
+        target, layout = writing.target, self._pool.layout
+        connection = self._peers.get(target.conn)
+        if connection is None:
+            return self._give_up(writing, "the connection has ended")
+        there = runs(target.grant.blocks, connection.block_tokens, writing.command.tokens)
+        room_slots = None if prepared.room_block is None else (prepared.room_block, target.grant.blocks[0])
+        extents = plan_runs(layout, prepared.slots, there, room_slots)
+        entries = self._transports[target.transport].capabilities.scatter_entries
+        writing.pending.extend(batches(extents, MAX_TICKET_NBYTES, entries))
+        offer = connection.offers.get(target.transport)
+        self._links.reach(target.conn, offer, target.transport, lambda ok, why: self._reached(writing, ok, why))
+
+    def _reached(self, writing: _Writing, ok: bool, why: str) -> None:
+        lane = (writing.target.conn, writing.target.transport)
+        if not ok:
+            self._give_up(writing, why)
+        if writing.failed:
+            return self._finish(writing)
+        self._lanes.setdefault(lane, deque()).append(writing)
+        self._pump(lane)
+
+    # Tickets
+
+    def _pump(self, lane: tuple[int, str]) -> None:
+        """Submit batches on a link, rooms taking turns, as many as may be outstanding."""
+        queue = self._lanes.get(lane)
+        link = self._links.get(*lane)
+        most = self._transports[lane[1]].capabilities.max_outstanding
+        while queue and link is not None and sum(len(w.tickets) for w in self._on(lane)) < most:
+            writing = queue.popleft()
+            if writing.pending:
+                self._submit_batch(writing, link)
+                queue.append(writing)
+        if not queue:
+            self._lanes.pop(lane, None)
+        elif link is None:
+            for writing in self._lanes.pop(lane):
+                self._give_up(writing, "the link went down")
+                self._finish(writing)
+
+    def _on(self, lane: tuple[int, str]) -> Iterator[_Writing]:
+        return (w for w in self._writings.values() if (w.target.conn, w.target.transport) == lane)
+
+    def _submit_batch(self, writing: _Writing, link: Link) -> None:
+        batch = writing.pending.popleft()
+        transport = writing.target.transport
+        try:
+            ticket = link.submit(batch, writing.target.grant.token(transport))
+        except KvpollError as error:
+            self._give_up(writing, str(error))
+            self._finish(writing)
+            return
+        writing.tickets[ticket] = 0
+        self._by_ticket[transport, ticket] = writing
+
+    def _advance(self, writing: _Writing, ticket: int, nbytes: int) -> None:
+        grown = nbytes - writing.tickets.get(ticket, nbytes)
+        if grown > 0:
+            writing.tickets[ticket] = nbytes
+            landed = self._landed[writing.key] = self._landed.get(writing.key, 0) + grown
+            self._feed(writing.key, Progress(writing.command.part, landed))
+
+    def _ended(self, writing: _Writing, transport: str, end: TicketEnd) -> None:
+        del writing.tickets[end.ticket]
+        if isinstance(end, Failed):
+            self._give_up(writing, end.reason)
+            writing.source_free = writing.source_free and end.source_free
+        if isinstance(end, Failed) and not end.quiescent:
+            writing.loose.add(end.ticket)
+        else:
+            del self._by_ticket[transport, end.ticket]
+        self._finish(writing)
+        self._pump((writing.target.conn, transport))
+
+    def _quiesced(self, writing: _Writing, transport: str, ticket: int) -> None:
+        del self._by_ticket[transport, ticket]
+        writing.loose.discard(ticket)
+        if writing.ended and not writing.loose:
+            self._feed(writing.key, RankQuiesced(writing.target.rank, writing.command.part))
+
+    def _give_up(self, writing: _Writing, why: str) -> None:
+        writing.failed = writing.failed or why
+        writing.pending.clear()
+
+    def _finish(self, writing: _Writing) -> None:
+        """Report the rank's writes if they have all ended."""
+        if writing.pending or writing.tickets or writing.ended:
+            return
+        writing.ended = True
+        target, command = writing.target, writing.command
+        self._writings.pop((writing.key, target.rank), None)
+        written = PartWritten(
+            rank=target.rank,
+            part=command.part,
+            transport=target.transport,
+            ok=not writing.failed,
+            quiescent=not writing.loose,
+            source_free=writing.source_free,
+            detail=writing.failed,
+            checksum=writing.checksum,
+            attempt=command.attempt,
+        )
+        self._feed(writing.key, written)
+
+
+def batches(extents: list[Extent], most_nbytes: int, most_entries: int) -> Iterator[list[Write]]:
+    """Cut extents into batches of writes, each within both limits."""
+    batch: list[Write] = []
+    room = most_nbytes
+    for extent in extents:
+        done = 0
+        while done < extent.nbytes:
+            take = min(room, extent.nbytes - done)
+            batch.append(Write(extent.field, extent.src_offset + done, extent.dst_offset + done, take))
+            done, room = done + take, room - take
+            if not room or len(batch) == most_entries:
+                yield batch
+                batch, room = [], most_nbytes
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""Tools to test transports and engines against the production code."""

@@ -1,0 +1,103 @@
+"""What the host sees of a room: written by the driver, read by the host without a lock.
+
+Each attribute is replaced, never changed in place, and `state` is written last: who sees Success or Failed
+sees everything that belongs to it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvpoll_fsm.deadlines import Gate
+from kvpoll_fsm.errors import Failure
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.session import PartRecord, RoomKey, Session
+
+__all__ = ["RoomView"]
+
+
+class RoomView:
+    """One life of a room, as last seen.
+
+    Attributes:
+        key: Which life of which room; None until the driver has opened it.
+        tag: The host's own name for the room, for logs.
+        state: Where the room stands.
+        failure: The first cause, once Failed.
+        history: The states gone through.
+        parts: The parts that have an outcome.
+        gate: What the room waits for.
+        bytes_done: Bytes that have landed.
+        quiescent: No write can land or read its source any more.
+        data: A receiver's arrays, once Success.
+        opened_s: Monotonic time of the opening.
+    """
+
+    def __init__(self, room: int, rank: int, tag: str) -> None:
+        self.room = room
+        self.rank = rank
+        self.tag = tag
+        self.key: RoomKey | None = None
+        self.state = KVPoll.Bootstrapping
+        self.failure: Failure | None = None
+        self.history: tuple[KVPoll, ...] = (KVPoll.Bootstrapping,)
+        self.parts: tuple[PartRecord, ...] = ()
+        self.gate = Gate.waiting_ranks
+        self.bytes_done = 0
+        self.quiescent = False
+        self.data: dict[str, Any] | None = None
+        self.opened_s = time.monotonic()
+        self.changed = threading.Condition()
+        self._callbacks: list[Callable[[], None]] = []
+
+    def update(self, session: Session) -> None:
+        """Show what the session says. Driver's thread."""
+        self.failure = session.failure
+        if len(self.parts) != len(session.parts):
+            self.parts = tuple(session.parts)
+        if len(self.history) != len(session.history):
+            self.history = tuple(session.history)
+        self.gate = session.gate
+        self.bytes_done = session.bytes_done
+        quiescent, self.quiescent = self.quiescent, session.quiescent
+        self.show(session.state, wake=quiescent is not session.quiescent)
+
+    def fail(self, failure: Failure) -> None:
+        """The room ends because its driver does, or because it could not be opened."""
+        if not self.state.is_terminal:
+            self.failure = failure
+            self.history = (*self.history, KVPoll.Failed)
+            self.gate = Gate.closed
+            self.quiescent = True
+            self.show(KVPoll.Failed)
+
+    def show(self, state: KVPoll, *, wake: bool = False) -> None:
+        """Set the state, and wake those who wait for it."""
+        ended = state.is_terminal and not self.state.is_terminal
+        moved = state is not self.state
+        self.state = state
+        if not (moved or wake):
+            return
+        with self.changed:
+            self.changed.notify_all()
+            callbacks = self._callbacks if ended else []
+            if ended:
+                self._callbacks = []
+        for callback in callbacks:
+            callback()
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until `condition` holds; False if the time passed first."""
+        with self.changed:
+            return self.changed.wait_for(condition, timeout_s)
+
+    def call_when_ended(self, callback: Callable[[], None]) -> None:
+        """Call back once, from the driver's thread, when the room is terminal; at once if it is."""
+        with self.changed:
+            if not self.state.is_terminal:
+                self._callbacks.append(callback)
+                return
+        callback()

@@ -1,0 +1,197 @@
+"""Tickets on their way over one connection: cut into frames, counted as they are sent and answered.
+
+Nothing here touches a socket or a clock, and all of it belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_fsm.spi import Completion, Done, Failed, Progress, Write
+from kvpoll_tcp.wire import FRAME_NBYTES, MAX_ENTRIES, Ack, Head, Verdict
+
+__all__ = ["Backlog", "Frame", "Job", "cut"]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The writes of one frame; `nbytes` is their sum."""
+
+    index: int
+    last: bool
+    nbytes: int
+    writes: tuple[Write, ...]
+
+
+def cut(writes: Iterable[Write]) -> Iterator[tuple[int, tuple[Write, ...]]]:
+    """Cut writes into frames as large as allowed: (bytes, writes) of each."""
+    pieces: list[Write] = []
+    room = FRAME_NBYTES
+    for write in writes:
+        done = 0
+        while done < write.nbytes:
+            take = min(write.nbytes - done, room)
+            pieces.append(Write(write.region, write.src_offset + done, write.dst_offset + done, take))
+            done += take
+            room -= take
+            if not room or len(pieces) == MAX_ENTRIES:
+                yield FRAME_NBYTES - room, tuple(pieces)
+                pieces, room = [], FRAME_NBYTES
+    if pieces:
+        yield FRAME_NBYTES - room, tuple(pieces)
+
+
+class Job:
+    """A ticket until its end.
+
+    Attributes:
+        ticket: Its number.
+        nbytes: All of its bytes.
+        unanswered: Frames of which a byte may have left and that have no answer yet.
+    """
+
+    __slots__ = ("_frames", "_landed", "_stopped", "_token", "nbytes", "ticket", "unanswered")
+
+    def __init__(self, ticket: int, writes: Sequence[Write], token: bytes) -> None:
+        self.ticket = ticket
+        self.nbytes = sum(write.nbytes for write in writes)
+        self.unanswered = 0
+        self._token = token
+        self._landed = 0
+        self._stopped: str | None = None
+        frames = list(cut(writes))
+        self._frames = deque(
+            Frame(index, index == len(frames) - 1, nbytes, pieces)
+            for index, (nbytes, pieces) in enumerate(frames)
+        )
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a frame is left to send."""
+        return bool(self._frames)
+
+    def take_frame(self) -> tuple[Frame, bytes]:
+        """The next frame and its head; counts as sent from now on."""
+        frame = self._frames.popleft()
+        self.unanswered += 1
+        entries = [(write.region, write.nbytes, write.dst_offset) for write in frame.writes]
+        head = Head(self.ticket, frame.index, frame.last, frame.nbytes, len(entries), self._token)
+        return frame, head.pack(entries)
+
+    def stop(self, reason: str) -> None:
+        """Send no further frame. The first reason counts."""
+        self._frames.clear()
+        if self._stopped is None:
+            self._stopped = reason
+
+    def landed(self, nbytes: int) -> None:
+        """The peer has so many more bytes in place."""
+        self._landed += nbytes
+
+    def outcome(self) -> Completion | None:
+        """What there is to report now that something was answered or stopped; None if nothing is."""
+        if self._landed == self.nbytes:
+            return Done(self.ticket)
+        if self.unanswered or self._frames:
+            return None if self._stopped else Progress(self.ticket, self._landed)
+        return Failed(self.ticket, self._stopped or "ended without an answer", quiescent=True)
+
+    def broken(self, reason: str) -> Failed:
+        """How it ends if the connection is gone: what has no answer may sit in the peer's kernel, and land."""
+        return Failed(self.ticket, self._stopped or reason, quiescent=not self.unanswered)
+
+
+class Backlog:
+    """The jobs of one connection, sent in order, and the frames sent whose answers are to come.
+
+    Attributes:
+        ended_nbytes: Bytes of all jobs that have ended. Read by other threads too.
+    """
+
+    def __init__(self) -> None:
+        self.ended_nbytes = 0
+        self._jobs: dict[int, Job] = {}
+        self._to_send: deque[Job] = deque()
+        self._sent: deque[tuple[Job, Frame]] = deque()
+        self._stopping: dict[int, float] = {}
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame is left to send."""
+        return bool(self._to_send)
+
+    @property
+    def stopping_since(self) -> float | None:
+        """When the first job stopped that has not ended yet."""
+        return next(iter(self._stopping.values()), None)
+
+    def add(self, job: Job) -> None:
+        """Queue a job."""
+        self._jobs[job.ticket] = job
+        self._to_send.append(job)
+
+    def take_frame(self) -> tuple[Frame, bytes]:
+        """The next frame to send, and its head. It counts as sent even if only a part of it leaves."""
+        job = self._to_send[0]
+        frame, head = job.take_frame()
+        if not job.has_more:
+            self._to_send.popleft()
+        self._sent.append((job, frame))
+        return frame, head
+
+    def cancel(self, ticket: int, now: float) -> list[Completion]:
+        """Send no further frame of a ticket; returns what there is to report."""
+        job = self._jobs.get(ticket)
+        if job is None:
+            return []
+        self._stop(job, "cancelled", now)
+        return self._report(job)
+
+    def answered(self, ack: Ack, now: float) -> list[Completion]:
+        """The answer to the oldest frame sent; returns what there is to report.
+
+        Raises:
+            MalformedMessage: It is not the answer to that frame.
+        """
+        if not self._sent:
+            raise MalformedMessage("an answer to nothing")
+        job, frame = self._sent.popleft()
+        if (ack.ticket, ack.index) != (job.ticket, frame.index):
+            raise MalformedMessage(f"an answer to frame {ack.index} of ticket {ack.ticket} out of its turn")
+        job.unanswered -= 1
+        if ack.verdict == Verdict.landed:
+            job.landed(frame.nbytes)
+        else:
+            self._stop(job, ack.verdict.reason, now)
+        return self._report(job)
+
+    def abandon(self, reason: str) -> list[Completion]:
+        """The connection is gone: every job ends."""
+        ends: list[Completion] = [job.broken(reason) for job in self._jobs.values()]
+        for job in list(self._jobs.values()):
+            self._forget(job)
+        self._to_send.clear()
+        self._sent.clear()
+        return ends
+
+    def _stop(self, job: Job, reason: str, now: float) -> None:
+        if job.has_more:
+            self._to_send.remove(job)
+        job.stop(reason)
+        self._stopping.setdefault(job.ticket, now)
+
+    def _report(self, job: Job) -> list[Completion]:
+        outcome = job.outcome()
+        if outcome is None:
+            return []
+        if not isinstance(outcome, Progress):
+            self._forget(job)
+        return [outcome]
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.ticket]
+        self._stopping.pop(job.ticket, None)
+        self.ended_nbytes += job.nbytes

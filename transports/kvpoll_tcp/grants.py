@@ -1,0 +1,120 @@
+"""Which bytes of ours may be written under which token, and when a token is certainly dead.
+
+The driver grants, revokes and fences; the threads that read connections enter and leave. A token is fenced
+once it is revoked and nobody is inside.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import secrets
+import threading
+from collections.abc import Sequence
+
+from kvpoll_fsm.spi import Fenced, Range
+from kvpoll_tcp.outbox import Outbox
+from kvpoll_tcp.wire import TOKEN_NBYTES
+
+__all__ = ["Grant", "Grants"]
+
+
+class Grant:
+    """The ranges one token admits.
+
+    `revoked` turns True once and is read without a lock: who is inside looks at it between any two system
+    calls, and `Grants.fence` waits until he has left.
+    """
+
+    __slots__ = ("_ends", "_starts", "fences", "inside", "revoked", "token")
+
+    def __init__(self, token: bytes, ranges: Sequence[Range]) -> None:
+        self.token = token
+        self.revoked = False
+        self.inside = 0
+        self.fences: list[int] = []
+        self._starts: dict[int, list[int]] = {}
+        self._ends: dict[int, list[int]] = {}
+        for each in sorted(ranges, key=lambda r: (r.region, r.offset)):
+            self._append(each)
+
+    def _append(self, each: Range) -> None:
+        starts = self._starts.setdefault(each.region, [])
+        ends = self._ends.setdefault(each.region, [])
+        end = each.offset + each.nbytes
+        if ends and each.offset <= ends[-1]:
+            ends[-1] = max(ends[-1], end)  # neighbours are one: a write may span blocks that lie side by side
+        else:
+            starts.append(each.offset)
+            ends.append(end)
+
+    def admits(self, region: int, offset: int, nbytes: int) -> bool:
+        """Whether all of the bytes lie inside one range."""
+        starts = self._starts.get(region)
+        if starts is None:
+            return False
+        at = bisect.bisect_right(starts, offset) - 1
+        return at >= 0 and offset + nbytes <= self._ends[region][at]
+
+
+class Grants:
+    """All grants that are alive."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._lock = threading.Lock()
+        self._outbox = outbox
+        self._grants: dict[bytes, Grant] = {}
+        self._numbers = itertools.count()
+
+    def add(self, ranges: Sequence[Range]) -> bytes:
+        """Admit writes to these ranges, which the caller has checked; returns the token."""
+        grant = Grant(secrets.token_bytes(TOKEN_NBYTES), ranges)
+        with self._lock:
+            self._grants[grant.token] = grant
+        return grant.token
+
+    def revoke(self, token: bytes) -> None:
+        """Let nobody in any more."""
+        with self._lock:
+            self._revoke(token)
+
+    def fence(self, token: bytes) -> int:
+        """Revoke; `Fenced` with the number returned follows once nobody is inside."""
+        number = next(self._numbers)
+        with self._lock:
+            grant = self._revoke(token)
+            if grant is not None:
+                grant.fences.append(number)
+        if grant is None:
+            self._outbox.put(Fenced(number))
+        return number
+
+    def enter(self, token: bytes) -> Grant | None:
+        """Go inside in order to write, or None if that is not allowed. Whoever enters must leave."""
+        with self._lock:
+            grant = self._grants.get(token)
+            if grant is None or grant.revoked:
+                return None
+            grant.inside += 1
+            return grant
+
+    def leave(self, grant: Grant) -> None:
+        """Promise to write no more."""
+        with self._lock:
+            grant.inside -= 1
+            if grant.inside or not grant.revoked:
+                return
+            self._grants.pop(grant.token, None)
+            fences, grant.fences = grant.fences, []
+        self._outbox.put(*map(Fenced, fences))
+
+    def _revoke(self, token: bytes) -> Grant | None:
+        """Revoke; returns the grant if somebody is still inside."""
+        grant = self._grants.get(token)
+        if grant is None:
+            return None
+        grant.revoked = True
+        if grant.inside:
+            return grant
+        del self._grants[token]
+        return None

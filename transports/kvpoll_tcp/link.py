@@ -1,0 +1,120 @@
+"""A way to write into one peer's regions: what the driver holds in its hand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from kvpoll_fsm.errors import InvalidInput
+from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Failed, LinkDown, LinkUp, Write
+from kvpoll_tcp.backlog import Job
+from kvpoll_tcp.lane import Cancel, Lane
+from kvpoll_tcp.outbox import Outbox
+from kvpoll_tcp.wire import MAX_OFFSET, TOKEN_NBYTES
+
+__all__ = ["LinkStatus", "TcpLink", "check_writes"]
+
+
+class LinkStatus:
+    """Joins what the lanes of one link say: it is up while any lane is."""
+
+    def __init__(self, link: int, outbox: Outbox) -> None:
+        self._link = link
+        self._outbox = outbox
+        self._lock = threading.Lock()
+        self._lanes_up = 0
+
+    def went_up(self) -> None:
+        """A lane works."""
+        with self._lock:
+            self._lanes_up += 1
+            if self._lanes_up == 1:
+                self._outbox.put(LinkUp(self._link))
+
+    def went_down(self, was_up: bool, reason: str) -> None:
+        """A lane does not work, or no longer."""
+        with self._lock:
+            self._lanes_up -= was_up
+            if not self._lanes_up:
+                self._outbox.put(LinkDown(self._link, reason))
+
+
+class TcpLink:
+    """Tickets over one or more connections. Called from the driver's thread."""
+
+    def __init__(
+        self,
+        number: int,
+        lanes: Sequence[Lane],
+        sources: Mapping[int, memoryview],
+        outbox: Outbox,
+        tickets: Iterator[int],
+        max_entries: int,
+    ) -> None:
+        self._number = number
+        self._lanes = lanes
+        self._sources = sources
+        self._outbox = outbox
+        self._tickets = tickets
+        self._max_entries = max_entries
+        self._given_nbytes = [0] * len(lanes)
+        self.is_closed = False
+
+    @property
+    def number(self) -> int:
+        """Names this link in LinkUp and LinkDown; unique in its transport."""
+        return self._number
+
+    def submit(self, writes: Sequence[Write], token: bytes) -> int:
+        """Start writing and return a ticket, which ends exactly once.
+
+        Raises:
+            InvalidInput: A write outside the source's regions, an empty list or write, too many entries or bytes.
+        """
+        check_writes(writes, self._sources, self._max_entries)
+        ticket = next(self._tickets)
+        if len(token) != TOKEN_NBYTES:
+            self._outbox.put(Failed(ticket, "the token is none of a tcp transport", quiescent=True))
+            return ticket
+        job = Job(ticket, writes, token)
+        loads = [
+            given - lane.ended_nbytes for given, lane in zip(self._given_nbytes, self._lanes, strict=True)
+        ]
+        chosen = loads.index(min(loads))
+        self._given_nbytes[chosen] += job.nbytes
+        if not self._lanes[chosen].post(job):
+            self._outbox.put(Failed(ticket, "the link is closed", quiescent=True))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Ask that a ticket end soon: at the end of the frame that is on its way."""
+        for lane in self._lanes:
+            lane.post(Cancel(ticket))
+
+    def close(self) -> None:
+        """End the link; tickets in flight end Failed. Returns at once and may be called twice."""
+        self.is_closed = True
+        for lane in self._lanes:
+            lane.close()
+
+
+def check_writes(writes: Sequence[Write], sources: Mapping[int, memoryview], max_entries: int) -> None:
+    """Refuse writes that cannot be sent. Whether they may land is for the receiver to say.
+
+    Raises:
+        InvalidInput: Says which write is wrong.
+    """
+    if not 0 < len(writes) <= max_entries:
+        raise InvalidInput(f"{len(writes)} writes under one ticket: 1 to {max_entries} are possible")
+    total = 0
+    for write in writes:
+        source = sources.get(write.region)
+        if source is None:
+            raise InvalidInput(f"{write}: region {write.region} is not registered")
+        if write.nbytes < 1 or write.src_offset < 0 or write.src_offset + write.nbytes > len(source):
+            raise InvalidInput(f"{write}: the source's region has bytes 0 to {len(source)}")
+        if not 0 <= write.dst_offset <= MAX_OFFSET - write.nbytes:
+            raise InvalidInput(f"{write}: impossible destination")
+        total += write.nbytes
+    if total > MAX_TICKET_NBYTES:
+        raise InvalidInput(f"{total} bytes under one ticket: at most {MAX_TICKET_NBYTES} are possible")

@@ -1,0 +1,233 @@
+"""The receiving side: one thread accepts connections, one per connection reads frames into place."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_tcp import wire
+from kvpoll_tcp.crew import Crew
+from kvpoll_tcp.grants import Grant, Grants
+from kvpoll_tcp.handshake import Descriptor, Visitor
+from kvpoll_tcp.settings import TcpSettings
+from kvpoll_tcp.sockets import Broken, Plug, advance, prepare, receive_timeout
+from kvpoll_tcp.wire import Ack, Entry, Head, Verdict
+
+__all__ = ["Landing", "Listener"]
+
+_log = logging.getLogger("kvpoll_tcp")
+
+_FENCE_LOOK_S = 0.1
+"""How long a call that reads into the destination may wait: the longest a fence is held up by a silent peer."""
+_SINK_NBYTES = 1 << 16
+_CUT_SHORT = "the peer closed the connection in the middle of a frame"
+_FIRST_NBYTES = wire.HEAD_NBYTES + wire.ENTRY_NBYTES
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where bytes may land: the regions by number, and who may write to them."""
+
+    regions: Mapping[int, memoryview]
+    grants: Grants
+
+
+class Listener:
+    """Accepts connections and keeps an eye on how many there are."""
+
+    def __init__(self, identity: Descriptor, landing: Landing, settings: TcpSettings, crew: Crew) -> None:
+        self._identity = identity
+        self._landing = landing
+        self._settings = settings
+        self._crew = crew
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._strangers: dict[Reader, None] = {}  # in order of arrival
+        self._known: set[Reader] = set()
+        self._plug = Plug()
+
+    def start(self, listening: socket.socket) -> None:
+        """Begin to accept; the socket is ours from here on.
+
+        Raises:
+            RuntimeError: The system has no thread left to give.
+        """
+        self._plug.insert(listening)
+        self._crew.start("accept", lambda: self._accept_all(listening))
+
+    def stop(self) -> None:
+        """End the port and all connections; none is left, and no byte lands, once the crew has been joined."""
+        self._closing.set()
+        self._plug.cut()
+        with self._lock:
+            readers = [*self._strangers, *self._known]
+        for reader in readers:
+            reader.cut()
+
+    def admit(self, reader: Reader) -> None:
+        """A stranger has proved himself.
+
+        Raises:
+            Broken: There are too many already.
+        """
+        with self._lock:
+            if len(self._known) >= self._settings.max_connections:
+                raise Broken(f"turned away: {len(self._known)} connections are open already")
+            self._strangers.pop(reader, None)
+            self._known.add(reader)
+
+    def forget(self, reader: Reader) -> None:
+        """A connection has ended."""
+        with self._lock:
+            self._strangers.pop(reader, None)
+            self._known.discard(reader)
+
+    def _accept_all(self, listening: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                self._accept(listening)
+            except (OSError, RuntimeError) as error:
+                if not self._closing.is_set():
+                    # Out of file descriptors or threads, as a rule: some will come free.
+                    _log.warning("cannot accept a connection: %s", error)
+                    self._closing.wait(0.1)
+        self._plug.pull()
+
+    def _accept(self, listening: socket.socket) -> None:
+        sock, address = listening.accept()
+        plug = Plug()
+        plug.insert(sock)
+        reader = Reader(sock, plug, f"{address[0]}:{address[1]}", self._identity, self._landing)
+        try:
+            prepare(sock, self._settings)
+            self._make_room(reader)
+            self._crew.start(f"read-{reader.peer}", lambda: reader.run(self, self._settings.handshake_s))
+        except (OSError, RuntimeError):
+            plug.pull()
+            self.forget(reader)
+            raise
+
+    def _make_room(self, reader: Reader) -> None:
+        """Count a stranger. Too many: the oldest goes, since an honest one does not stay one for long."""
+        with self._lock:
+            oldest = next(iter(self._strangers), None)
+            full = len(self._strangers) >= self._settings.max_strangers
+            if full and oldest is not None:
+                del self._strangers[oldest]
+            self._strangers[reader] = None
+        if full and oldest is not None:
+            oldest.cut()
+        if self._closing.is_set():
+            reader.cut()
+
+
+class Reader:
+    """One connection: its frames are read into place and answered, one after the other."""
+
+    def __init__(
+        self, sock: socket.socket, plug: Plug, peer: str, identity: Descriptor, landing: Landing
+    ) -> None:
+        self.peer = peer
+        self._socket = sock
+        self._plug = plug
+        self._identity = identity
+        self._regions = landing.regions
+        self._grants = landing.grants
+        self._head = memoryview(bytearray(wire.HEAD_NBYTES + wire.ENTRY_NBYTES * wire.MAX_ENTRIES))
+        self._sink = memoryview(bytearray(_SINK_NBYTES))
+
+    def cut(self) -> None:
+        """End the connection soon. For any thread."""
+        self._plug.cut()
+
+    def run(self, listener: Listener, handshake_s: float) -> None:
+        """The thread: the handshake, then frames until the connection ends."""
+        try:
+            visitor = Visitor(self._socket, self._identity)
+            visitor.check(handshake_s)
+            listener.admit(self)
+            visitor.welcome()
+            while self._frame():
+                pass
+        except (OSError, MalformedMessage) as error:
+            _log.info("connection from %s ended: %s", self.peer, error)
+        except Exception:
+            # A mistake of ours. The peer sees the connection end, and its tickets fail.
+            _log.exception("connection from %s given up", self.peer)
+        finally:
+            self._plug.pull()
+            listener.forget(self)
+
+    def _frame(self) -> bool:
+        """Read one frame and answer it; False once the peer has closed the connection between two."""
+        if not self._fill(self._head[:_FIRST_NBYTES], may_end=True):
+            return False
+        head = Head.unpack(self._head)
+        end = wire.HEAD_NBYTES + wire.ENTRY_NBYTES * head.entries
+        self._fill(self._head[_FIRST_NBYTES:end])
+        entries = head.unpack_entries(self._head[wire.HEAD_NBYTES : end])
+        verdict = self._land(head, entries)
+        self._socket.sendall(Ack(head.ticket, head.index, verdict).pack(), socket.MSG_NOSIGNAL)
+        return True
+
+    def _land(self, head: Head, entries: list[Entry]) -> Verdict:
+        """Read the payload into place, or into the sink what may not go there."""
+        verdict, left = Verdict.unknown_token, head.nbytes
+        grant = self._grants.enter(head.token)
+        if grant is not None:
+            try:
+                verdict, left = self._pour(grant, entries, left)
+            finally:
+                self._grants.leave(grant)
+        self._drain(left)
+        return verdict
+
+    def _pour(self, grant: Grant, entries: list[Entry], left: int) -> tuple[Verdict, int]:
+        """Read into place until all is there or the grant is revoked; returns how much was not read."""
+        # What is granted lies inside its region, so this checks against both.
+        if not all(grant.admits(region, offset, nbytes) for region, nbytes, offset in entries):
+            return Verdict.out_of_range, left
+        views = [self._regions[region][offset : offset + nbytes] for region, nbytes, offset in entries]
+        receive_timeout(self._socket, _FENCE_LOOK_S)
+        try:
+            while left and not grant.revoked:
+                got = self._receive(views)
+                advance(views, got)
+                left -= got
+        finally:
+            receive_timeout(self._socket, 0)
+        return (Verdict.revoked if left else Verdict.landed), left
+
+    def _receive(self, views: list[memoryview]) -> int:
+        try:
+            # One call for all of it, rather than one for every 64 KiB: half the processor time, and next to a
+            # busy Python thread each call would wait for the interpreter again.
+            got = self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            return 0  # nothing came for a while: time to look whether the grant still stands
+        if not got:
+            raise Broken(_CUT_SHORT)
+        return got
+
+    def _drain(self, left: int) -> None:
+        while left:
+            got = self._socket.recv_into(self._sink[: min(left, _SINK_NBYTES)])
+            if not got:
+                raise Broken(_CUT_SHORT)
+            left -= got
+
+    def _fill(self, view: memoryview, may_end: bool = False) -> bool:
+        """Read until `view` is full; False if the peer has closed the connection before the first byte."""
+        got = 0
+        while got < len(view):
+            more = self._socket.recv_into(view[got:], 0, socket.MSG_WAITALL)
+            if not more and may_end and not got:
+                return False
+            if not more:
+                raise Broken(_CUT_SHORT)
+            got += more
+        return True

@@ -1,0 +1,222 @@
+"""Socket calls that block in the kernel, never in Python's own timeouts, and can be cut off by another thread.
+
+`settimeout()` makes every call poll first, and next to a busy Python thread each of those system calls waits
+for the interpreter again. Timeouts are therefore the kernel's, by SO_RCVTIMEO and SO_SNDTIMEO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+
+from kvpoll_fsm.errors import TransportUnavailable
+from kvpoll_tcp.settings import TcpSettings, require_reachable, split_advertised
+
+__all__ = [
+    "Broken",
+    "Plug",
+    "advance",
+    "advertised",
+    "connect",
+    "listen",
+    "prepare",
+    "receive_exactly",
+    "receive_timeout",
+    "send_timeout",
+]
+
+_TIMEVAL = struct.Struct("@ll")
+_SAME_HOST_BUFFER_NBYTES = 1 << 20
+
+
+class Broken(ConnectionError):
+    """The connection is of no use any more; the text says why."""
+
+
+class Plug:
+    """Holds one thread's socket so that another thread may cut it off.
+
+    Shutting down and closing exclude each other here: a number that was closed may be another socket's already.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._is_cut = False
+
+    def insert(self, sock: socket.socket) -> None:
+        """Take the socket, or close it if we have been cut off.
+
+        Raises:
+            Broken: Cut off before.
+        """
+        with self._lock:
+            if not self._is_cut:
+                self._socket = sock
+                return
+        sock.close()
+        raise Broken("closed by this side")
+
+    def cut(self) -> None:
+        """Make every call on the socket return, now and later. For any thread."""
+        with self._lock:
+            self._is_cut = True
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # not connected (any more): nobody is waiting in a call
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def pull(self) -> None:
+        """Close the socket, if there is one."""
+        with self._lock:
+            sock, self._socket = self._socket, None
+        if sock is not None:
+            sock.close()
+
+
+def listen(settings: TcpSettings) -> socket.socket:
+    """Open the port that peers connect to.
+
+    Raises:
+        TransportUnavailable: The address is not this machine's, or every port is taken.
+    """
+    low, high = settings.data_ports or (0, 0)
+    problem = ""
+    for port in range(low, high + 1):
+        try:
+            return _listen_on(settings.host, port)
+        except OSError as error:
+            problem = f"cannot listen on {settings.host}, ports {low} to {high}: {error.strerror or error}"
+    raise TransportUnavailable("tcp", problem, "give another host= or data_ports=")
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind)
+    try:
+        sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def advertised(listening: socket.socket, settings: TcpSettings) -> tuple[str, int]:
+    """Where peers reach a listening socket, the address in numbers.
+
+    Raises:
+        AddressError: The name given stands for an address nobody could connect to.
+        TransportUnavailable: The name given stands for nothing.
+    """
+    host, port = listening.getsockname()[:2]
+    if settings.advertise is not None:
+        name, other_port = split_advertised(settings.advertise)
+        port = other_port or port
+        try:
+            host = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
+        except OSError as error:
+            problem = f"cannot resolve {name!r}: {error.strerror or error}"
+            raise TransportUnavailable("tcp", problem, "give an address as advertise=") from error
+    require_reachable(str(host), "tell peers where with advertise=")
+    return str(host), int(port)
+
+
+def connect(plug: Plug, host: str, port: int, settings: TcpSettings) -> socket.socket:
+    """Reach a peer; the socket is in `plug` from the start, so that waiting can be cut short.
+
+    Raises:
+        OSError: Refused, unreachable, timed out or cut off.
+    """
+    flags = socket.AI_NUMERICHOST
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)[0]
+    sock = socket.socket(family, kind)
+    plug.insert(sock)
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(address)
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    if not poller.poll(settings.connect_s * 1000):
+        raise Broken(f"not reached within {settings.connect_s:g} s")
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+    prepare(sock, settings)
+    return sock
+
+
+def prepare(sock: socket.socket, settings: TcpSettings) -> None:
+    """Set a connected socket to block, not to wait for more before sending, and to notice a dead machine."""
+    sock.setblocking(True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probe_s = max(1, round(settings.dead_peer_s / 5))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(settings.dead_peer_s * 1000))
+    nbytes = settings.buffer_nbytes
+    if nbytes is None and sock.getsockname()[0] == sock.getpeername()[0]:
+        # Within one machine small buffers are faster: what was sent is still in the cache when it is read.
+        nbytes = _SAME_HOST_BUFFER_NBYTES
+    if nbytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, nbytes)
+
+
+def receive_timeout(sock: socket.socket, seconds: float) -> None:
+    """Make a blocking receive return after so long; 0 waits for ever."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
+
+def send_timeout(sock: socket.socket, seconds: float) -> None:
+    """Make a blocking send return after so long; 0 waits for ever."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+
+
+def receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
+    """Read so many bytes before `deadline`, on `time.monotonic`'s clock.
+
+    Raises:
+        Broken: The deadline passed or the peer closed.
+        OSError: As the socket says.
+    """
+    data = bytearray()
+    while len(data) < nbytes:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise Broken("took too long")
+        receive_timeout(sock, left_s)
+        try:
+            piece = sock.recv(nbytes - len(data), socket.MSG_WAITALL)
+        except BlockingIOError:
+            continue
+        if not piece:
+            raise Broken("the peer closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def advance(views: list[memoryview], nbytes: int) -> None:
+    """Drop the first `nbytes` bytes of a list of byte views."""
+    whole = 0
+    while whole < len(views) and nbytes >= len(views[whole]):
+        nbytes -= len(views[whole])
+        whole += 1
+    del views[:whole]
+    if nbytes:
+        views[0] = views[0][nbytes:]
+
+
+def _timeval(seconds: float) -> bytes:
+    micros = max(1, round(seconds * 1e6)) if seconds > 0 else 0
+    return _TIMEVAL.pack(*divmod(micros, 1_000_000))

@@ -1,0 +1,71 @@
+"""The sender's end of one connection: frames go out, answers come back."""
+
+from __future__ import annotations
+
+import socket
+
+from kvpoll_tcp.handshake import Descriptor, prove_to_receiver
+from kvpoll_tcp.settings import TcpSettings
+from kvpoll_tcp.sockets import Broken, Plug, connect, send_timeout
+from kvpoll_tcp.wire import ACK_NBYTES, Ack
+
+__all__ = ["SEND_LOOK_S", "Stream"]
+
+SEND_LOOK_S = 0.1
+"""How long a send may wait before its thread looks at its orders and answers again."""
+_ANSWERS_NBYTES = ACK_NBYTES << 10
+
+
+class Stream:
+    """A connection on which the handshake has succeeded. Used by one thread; `Plug.cut` is for the others."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._rest = b""
+
+    @classmethod
+    def open(cls, plug: Plug, peer: Descriptor, settings: TcpSettings) -> Stream:
+        """Connect and shake hands.
+
+        Raises:
+            OSError: Not reached, cut off, or not the peer we mean (`Broken`).
+            MalformedMessage: Whoever answers does not speak our protocol.
+        """
+        sock = connect(plug, peer.host, peer.port, settings)
+        prove_to_receiver(sock, peer, settings.handshake_s)
+        send_timeout(sock, SEND_LOOK_S)
+        return cls(sock)
+
+    def fileno(self) -> int:
+        """Readable when answers are here."""
+        return self._socket.fileno()
+
+    def send(self, views: list[memoryview]) -> int:
+        """Hand bytes to the kernel; returns how many it took, perhaps none.
+
+        Raises:
+            OSError: As the socket says.
+        """
+        try:
+            return self._socket.sendmsg(views, (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+
+    def answers(self) -> list[Ack]:
+        """The answers that are here, without waiting.
+
+        Raises:
+            Broken: The peer has closed the connection.
+            MalformedMessage: It sent something else.
+            OSError: As the socket says.
+        """
+        try:
+            data = self._socket.recv(_ANSWERS_NBYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise Broken("the peer closed the connection")
+        data = self._rest + data
+        whole = len(data) - len(data) % ACK_NBYTES
+        self._rest = data[whole:]
+        return Ack.unpack_all(data[:whole])

@@ -1,0 +1,210 @@
+"""The transport itself: ties the receiving side, the links and the completions together."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from kvpoll_fsm.errors import InvalidInput, MalformedMessage, TransportUnavailable
+from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, LinkDown, Range, Region
+from kvpoll_tcp.crew import Crew
+from kvpoll_tcp.grants import Grants
+from kvpoll_tcp.handshake import Descriptor, new_identity, read_descriptor
+from kvpoll_tcp.lane import Lane
+from kvpoll_tcp.link import LinkStatus, TcpLink
+from kvpoll_tcp.outbox import Outbox
+from kvpoll_tcp.receiver import Landing, Listener
+from kvpoll_tcp.settings import TcpSettings
+from kvpoll_tcp.sockets import advertised, listen
+
+__all__ = ["TcpTransport"]
+
+
+class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
+    """A region as peers know it."""
+
+    number: int
+    nbytes: int
+
+
+class TcpTransport:
+    """Writes over TCP, one listening socket per instance. Follows `kvpoll_fsm.spi.Transport`.
+
+    Authenticated by a secret in the descriptor, bounds-checked by the receiver, neither encrypted nor signed.
+    All methods are called from one thread; only `completions` and `fileno` may be called after `close`.
+    """
+
+    name = "tcp"
+    capabilities = Capabilities(
+        scatter_entries=1024,
+        max_outstanding=1024,
+        cancellable=True,
+        fence=FenceKind.token,
+        reports_progress=True,
+        integrity=False,
+        cuda=False,
+    )
+
+    def __init__(self, **settings: Any) -> None:
+        """Make a transport; nothing is opened yet.
+
+        Args:
+            **settings: The fields of `TcpSettings`.
+
+        Raises:
+            AddressError: An address nobody could connect to.
+            InvalidInput: A setting out of its range.
+        """
+        self._settings = TcpSettings(**settings)
+        self._regions: dict[int, memoryview] = {}
+        self._outbox = Outbox()
+        self._grants = Grants(self._outbox)
+        self._crew = Crew()
+        self._links: list[TcpLink] = []
+        self._link_numbers = itertools.count()
+        self._tickets = itertools.count()
+        self._listener: Listener | None = None
+        self._identity: Descriptor | None = None
+        self._pid = os.getpid()
+
+    def start(self) -> None:
+        """Open the port and start to listen.
+
+        Raises:
+            AddressError: The host's name stands for an address nobody could connect to.
+            TransportUnavailable: The address is not this machine's, or no port of the range is free.
+        """
+        if not hasattr(os, "eventfd"):
+            raise TransportUnavailable(self.name, "needs Linux and Python 3.10 or newer")
+        self._pid = os.getpid()
+        listening = listen(self._settings)
+        try:
+            self._identity = new_identity(*advertised(listening, self._settings))
+            self._outbox.open()
+            landing = Landing(self._regions, self._grants)
+            self._listener = Listener(self._identity, landing, self._settings, self._crew)
+            self._listener.start(listening)
+        except BaseException:
+            listening.close()
+            self._outbox.close()
+            raise
+        # A program that ends without close() is not held up by our threads, and they end before it does.
+        atexit.register(self.close)
+
+    def descriptor(self) -> bytes:
+        """Address, port, incarnation and secret. Whoever has it and a token may write.
+
+        Raises:
+            InvalidInput: Not started.
+        """
+        if self._identity is None:
+            raise InvalidInput("the tcp transport has no descriptor before start()")
+        return msgspec.msgpack.encode(self._identity)
+
+    def register(self, region: Region) -> bytes:
+        """Make a region writable for peers and readable as a source; returns its descriptor.
+
+        Raises:
+            InvalidInput: Not writable contiguous bytes, or a number that is taken or beyond 65,535.
+        """
+        buffer = region.buffer
+        if buffer.readonly or not buffer.contiguous or buffer.format != "B" or buffer.ndim != 1:
+            raise InvalidInput(f"region {region.number}: needs writable contiguous bytes, format 'B'")
+        if not 0 <= region.number < 1 << 16 or region.number in self._regions:
+            raise InvalidInput(f"region {region.number}: the number is taken, or not within 0 to 65535")
+        self._regions[region.number] = buffer
+        return msgspec.msgpack.encode(RegionDescriptor(region.number, len(buffer)))
+
+    def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
+        """Admit writes to exactly these ranges; returns a token of 16 random bytes.
+
+        Raises:
+            InvalidInput: A range outside its region, or an empty one.
+        """
+        for each in ranges:
+            size = len(self._regions.get(each.region, b""))
+            if each.offset < 0 or each.nbytes < 1 or each.offset + each.nbytes > size:
+                raise InvalidInput(f"{lease}: {each} is not within its region of {size} bytes")
+        return self._grants.add(ranges)
+
+    def revoke(self, token: bytes) -> None:
+        """Admit nothing new under the token; a frame that is arriving is cut short too. Unknown: ignored."""
+        self._grants.revoke(token)
+
+    def fence(self, token: bytes) -> int:
+        """Revoke, and report `Fenced` once no byte can land: at once, or after 0.1 s of a silent peer."""
+        return self._grants.fence(token)
+
+    def connect(self, descriptor: bytes, regions: Sequence[bytes]) -> TcpLink:
+        """A link to the peer that sent these descriptors; `LinkUp` or `LinkDown` follows.
+
+        Raises:
+            InvalidInput: A descriptor cannot be read.
+        """
+        peer = _read_peer(descriptor, regions)
+        number = next(self._link_numbers)
+        status = LinkStatus(number, self._outbox)
+        lanes = [
+            Lane(peer, self._regions, self._outbox, status, self._settings)
+            for _ in range(self._settings.streams)
+        ]
+        link = TcpLink(
+            number, lanes, self._regions, self._outbox, self._tickets, self.capabilities.scatter_entries
+        )
+        self._links = [other for other in self._links if not other.is_closed]
+        self._links.append(link)
+        self._start_lanes(link, lanes)
+        return link
+
+    def completions(self) -> list[Completion]:
+        """What has happened since the last call, in order."""
+        return self._outbox.take()
+
+    def fileno(self) -> int | None:
+        """Readable when `completions()` has something; None before `start` and after `close`."""
+        return self._outbox.fileno()
+
+    def close(self) -> None:
+        """End links, threads and ports, and let go of the regions. May be called twice.
+
+        Does nothing in a forked child: the connections are the parent's.
+        """
+        if os.getpid() != self._pid:
+            return
+        atexit.unregister(self.close)
+        for link in self._links:
+            link.close()
+        if self._listener is not None:
+            self._listener.stop()
+        self._crew.join()
+        self._outbox.close()
+        self._links.clear()
+        self._regions.clear()
+
+    def _start_lanes(self, link: TcpLink, lanes: Sequence[Lane]) -> None:
+        try:
+            for number, lane in enumerate(lanes):
+                lane.open()
+                self._crew.start(f"link-{link.number}.{number}", lane.run)
+        except (OSError, RuntimeError) as error:  # out of file descriptors or threads
+            link.close()
+            self._outbox.put(LinkDown(link.number, f"cannot start: {error}"))
+
+
+def _read_peer(descriptor: bytes, regions: Sequence[bytes]) -> Descriptor:
+    """Read what a peer sent.
+
+    Raises:
+        InvalidInput: It is not what a tcp transport sends.
+    """
+    try:
+        for region in regions:
+            msgspec.msgpack.decode(region, type=RegionDescriptor)
+        return read_descriptor(descriptor)
+    except (msgspec.DecodeError, MalformedMessage) as error:
+        raise InvalidInput(f"not the descriptors of a tcp transport: {error}") from error
