@@ -23,7 +23,7 @@ from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.core import Changed, CoreOptions, Do, Effect, EndpointCore, Hangup, Transmit
+from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
 from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, UnsupportedVersion
 from kvpoll_fsm.incoming import Incoming
 from kvpoll_fsm.inputs import Crashed, Input, Preflighted
@@ -72,7 +72,7 @@ class Driver:
         self._phase = "running"
         self._owed = self._flush_over = self._closing = False
         self._cause: str | None = None
-        self._wakeup: int | None = None
+        self._wakeup = -1
         self._wake_lock = threading.Lock()
         self._host_seen_s = time.monotonic()
 
@@ -201,15 +201,15 @@ class Driver:
     def _turn(self) -> None:
         readable = self._control.wait(self._wait_s())
         if self._wakeup in readable:
-            os.eventfd_read(self._wakeup)  # type: ignore[arg-type]
+            os.eventfd_read(self._wakeup)
         self._run_inbox(len(self._inbox))
         for conn, identity, packet in self._control.read():
             self._packet(conn, identity, packet)
         for name, transport in self.transports.items():
             for completion in transport.completions():
                 self._completed(name, completion)
-        for name, epoch in self._timers.due():
-            self._timer(name, epoch)
+        for timer, epoch in self._timers.due():
+            self._timer(timer, epoch)
         self.core.flush()
         self._carry_out()
         if self.core.owes_ack and not self._owed:
@@ -382,7 +382,7 @@ class Driver:
 
     def _wake(self) -> None:
         with self._wake_lock:
-            if self._wakeup is not None:
+            if self._wakeup >= 0:
                 os.eventfd_write(self._wakeup, 1)
 
     def _run_inbox(self, count: int) -> None:
@@ -427,9 +427,8 @@ class Driver:
         self._close_transports()
         self._control.close()
         with self._wake_lock:
-            wakeup, self._wakeup = self._wakeup, None
-        if wakeup is not None:
-            os.close(wakeup)
+            os.close(self._wakeup)
+            self._wakeup = -1
         self.abandon_inbox()
 
     def _close_transports(self) -> None:
@@ -452,4 +451,6 @@ def log_end(view: RoomView) -> None:
     side = view.key.side if view.key else "?"
     text = "room ended side=%s room=%d rank=%d tag=%s state=%s parts=%d tokens=%d seconds=%.3f cause=%s"
     level = logging.INFO if view.failure is None else logging.WARNING
-    log.log(level, text, side, view.room, view.rank, view.tag, view.state, len(view.parts), tokens, seconds, view.failure)
+    log.log(
+        level, text, side, view.room, view.rank, view.tag, view.state, len(view.parts), tokens, seconds, view.failure
+    )

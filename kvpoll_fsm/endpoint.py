@@ -27,6 +27,7 @@ from kvpoll_fsm.errors import (
     ForkedError,
     InvalidInput,
     RequestTooLarge,
+    TransportUnavailable,
 )
 from kvpoll_fsm.handles import Receiver, Room, Sender
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
@@ -161,7 +162,9 @@ class Endpoint:
 
     # Rooms
 
-    def sender(self, room: int, *, required_ranks: int | None = None, tag: str = "", transports: str | None = None) -> Sender:
+    def sender(
+        self, room: int, *, required_ranks: int | None = None, tag: str = "", transports: str | None = None
+    ) -> Sender:
         """Open the sender's side of a room. Never waits; receivers may come before or after.
 
         Args:
@@ -232,7 +235,9 @@ class Endpoint:
         self._enter(handle)
 
         def opening() -> Any:
-            options = ReceiverOptions(driver.connect(address), ranks, count, self.pool.layout.block_tokens, resume, chosen)
+            options = ReceiverOptions(
+                driver.connect(address), ranks, count, self.pool.layout.block_tokens, resume, chosen
+            )
             return driver.core.open_receiver(room, rank, options)
 
         if not chosen:
@@ -344,7 +349,7 @@ class Endpoint:
         for name in policy.names:
             try:
                 loaded[name] = registry.load(name)(**self.config.options_of(name))
-            except registry.TransportUnavailable as error:
+            except TransportUnavailable as error:
                 refusals.append(error)
         if not loaded:
             raise refusals[0]

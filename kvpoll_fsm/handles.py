@@ -44,17 +44,17 @@ class Room:
     def __init__(self, owner: Owner, view: RoomView) -> None:
         self._owner = owner
         self._driver = owner.driver
-        self.view = self._view = view
+        self.view = view
 
     @property
     def room(self) -> int:
         """The room's number."""
-        return self._view.room
+        return self.view.room
 
     @property
     def rank(self) -> int:
         """The receiver's rank; 0 for a sender."""
-        return self._view.rank
+        return self.view.rank
 
     def poll(self) -> KVPoll:
         """Where the room stands. Reads one attribute; never waits, never raises for a failed room.
@@ -66,13 +66,13 @@ class Room:
         if driver.forked:
             raise ForkedError(driver.pid, os.getpid())
         driver.host_seen = True
-        return self._view.state
+        return self.view.state
 
     def wait(self, timeout: float | None = None) -> KVPoll:
         """Wait until the room has ended, at most `timeout` seconds, and return its state then."""
         self.poll()
-        self._view.wait_until(lambda: self._view.state.is_terminal, timeout)
-        return self._view.state
+        self.view.wait_until(lambda: self.view.state.is_terminal, timeout)
+        return self.view.state
 
     def wait_quiescent(self, timeout: float | None = None) -> bool:
         """Wait until no write can land, and no source is read, any more; False if the time passed first.
@@ -80,32 +80,32 @@ class Room:
         Then blocks of the engine's own and borrowed arrays may be used again.
         """
         self.poll()
-        return self._view.wait_until(lambda: self._view.quiescent, timeout)
+        return self.view.wait_until(lambda: self.view.quiescent, timeout)
 
     @property
     def failure(self) -> Failure | None:
         """Why the room ended Failed, or None."""
-        return self._view.failure
+        return self.view.failure
 
     @property
     def history(self) -> tuple[KVPoll, ...]:
         """The states gone through, the present one last."""
-        return self._view.history
+        return self.view.history
 
     @property
     def parts(self) -> tuple[PartRecord, ...]:
         """The parts that have an outcome."""
-        return self._view.parts
+        return self.view.parts
 
     @property
     def gate(self) -> Gate:
         """What the room waits for."""
-        return self._view.gate
+        return self.view.gate
 
     @property
     def bytes_done(self) -> int:
         """Bytes of the room that have landed, over all ranks, as far as this side knows."""
-        return self._view.bytes_done
+        return self.view.bytes_done
 
     def abort(self, reason: str = "aborted by the host") -> None:
         """Give the room up. Both sides end Failed; the other is told why."""
@@ -122,7 +122,7 @@ class Room:
     def _post(self, action: Callable[[RoomKey], None]) -> None:
         """Act on the driver's thread, once the room is open there."""
         self.poll()
-        view = self._view
+        view = self.view
 
         def task() -> None:
             if view.key is not None:
@@ -131,7 +131,7 @@ class Room:
         self._driver.post(task)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} room={self.room} rank={self.rank} {self._view.state}>"
+        return f"<{type(self).__name__} room={self.room} rank={self.rank} {self.view.state}>"
 
 
 class Sender(Room):
@@ -160,7 +160,9 @@ class Sender(Room):
         """
         self._require_unsent()
         if not self._owner.pool.managed:
-            raise InvalidInput("send() stages through blocks of our own; with adopt()ed blocks call open() and send_blocks()")
+            raise InvalidInput(
+                "send() stages through blocks of our own; with adopt()ed blocks call open() and send_blocks()"
+            )
         source = Source.of(self._owner.pool.layout, data, copy)
         self._source, self._total_tokens = source, source.total_tokens
         self._supply(source.total_tokens, staged=True)
@@ -173,7 +175,9 @@ class Sender(Room):
         """
         self._require_unsent()
         if self._owner.pool.managed:
-            raise InvalidInput("open() is for blocks of the engine's own: make the pool with BlockPool.adopt(), or call send()")
+            raise InvalidInput(
+                "open() is for blocks of the engine's own: make the pool with BlockPool.adopt(), or call send()"
+            )
         if isinstance(total_tokens, bool) or not isinstance(total_tokens, int) or total_tokens < 1:
             raise InvalidInput(f"total_tokens={total_tokens!r}: give an integer of at least 1")
         self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
@@ -196,7 +200,9 @@ class Sender(Room):
             raise ForeignBlock(blocks, f"block ids of this pool are 0 to {pool.blocks - 1}")
         if tokens < 1 or pool.layout.blocks_for(tokens) != len(blocks):
             needed = pool.layout.blocks_for(max(tokens, 1))
-            raise InvalidInput(f"{tokens} tokens take {needed} blocks of {pool.layout.block_tokens}, {len(blocks)} were given")
+            raise InvalidInput(
+                f"{tokens} tokens take {needed} blocks of {pool.layout.block_tokens}, {len(blocks)} were given"
+            )
         if self._ready_tokens + tokens > self._total_tokens:
             raise InvalidInput(f"{self._ready_tokens + tokens} tokens in a room opened for {self._total_tokens}")
         source = self._source
@@ -245,9 +251,9 @@ class Receiver(Room):
         state = self.wait(timeout)
         if not state.is_terminal:
             raise TimeoutError(f"room {self.room} is {state}, waiting at {self.gate}, after {timeout} s")
-        if self._view.failure is not None:
-            raise TransferFailed(self.room, self._view.failure)
-        return dict(self._view.data or {})
+        if self.view.failure is not None:
+            raise TransferFailed(self.room, self.view.failure)
+        return dict(self.view.data or {})
 
     def __await__(self) -> Generator[Any, None, dict[str, Any]]:
         return self._result_async().__await__()
@@ -260,14 +266,14 @@ class Receiver(Room):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(ended.set)
 
-        self._view.call_when_ended(tell)
+        self.view.call_when_ended(tell)
         await ended.wait()
         return self.result(timeout=0)
 
     @property
     def part(self) -> PartRecord | None:
         """The newest part that has an outcome: its range, and the blocks it lies in. None before the first."""
-        parts = self._view.parts
+        parts = self.view.parts
         return parts[-1] if parts else None
 
     def resume(self, blocks: Sequence[int]) -> None:
@@ -282,8 +288,8 @@ class Receiver(Room):
         chosen, pool = tuple(blocks), self._owner.pool
         if not chosen or any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in chosen):
             raise ForeignBlock(chosen, f"name at least one block id, each 0 to {pool.blocks - 1}")
-        if self._view.gate is not Gate.waiting_resume:
-            raise InvalidInput(f"the room is {self._view.state} at {self._view.gate} and takes no resume now")
+        if self.view.gate is not Gate.waiting_resume:
+            raise InvalidInput(f"the room is {self.view.state} at {self.view.gate} and takes no resume now")
         self._post(lambda key: self._driver.core.feed(key, ResumeWith(chosen)))
 
     def release(self, part: int) -> None:

@@ -150,7 +150,7 @@ class Reserve(_RoomMessage, frozen=True, tag="Reserve"):
 
     ranks: Ranks
     dummy: bool = False
-    grant: Union[BlockGrant, None] = None
+    grant: BlockGrant | None = None
 
 
 class Resume(_RoomMessage, frozen=True, tag="Resume"):
@@ -164,7 +164,7 @@ class Opened(_RoomMessage, frozen=True, tag="Opened"):
     """Sender: all required ranks have granted. Binds the two generations to each other."""
 
     required: Ranks
-    total_tokens: Union[Positive, None] = None
+    total_tokens: Positive | None = None
 
 
 class PartReport(_RoomMessage, frozen=True, tag="PartReport"):
@@ -183,14 +183,14 @@ class PartReport(_RoomMessage, frozen=True, tag="PartReport"):
     total_tokens: Positive
     is_last: bool
     transport: Name
-    checksum: Union[Annotated[bytes, Meta(min_length=16, max_length=16)], None] = None
+    checksum: Annotated[bytes, Meta(min_length=16, max_length=16)] | None = None
 
 
 class PartAck(_RoomMessage, frozen=True, tag="PartAck"):
     """Receiver: the part is right (`failure` is None) or why it is not."""
 
     part: Part
-    failure: Union[Failure, None] = None
+    failure: Failure | None = None
 
 
 class PartOutcome(_RoomMessage, frozen=True, tag="PartOutcome"):
@@ -203,7 +203,7 @@ class PartOutcome(_RoomMessage, frozen=True, tag="PartOutcome"):
     part: Part
     is_last: bool
     state: KVPoll
-    failure: Union[Failure, None] = None
+    failure: Failure | None = None
     quiescent: bool = True
 
 

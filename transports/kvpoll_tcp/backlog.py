@@ -100,7 +100,7 @@ class Job:
         return Failed(self.ticket, self._stopped or "ended without an answer", quiescent=True)
 
     def broken(self, reason: str) -> Failed:
-        """How it ends if the connection is gone: what has no answer may sit in the peer's kernel, and land."""
+        """How it ends without the connection: what has no answer may sit in the peer's kernel, and land."""
         return Failed(self.ticket, self._stopped or reason, quiescent=not self.unanswered)
 
 

@@ -27,6 +27,9 @@ _PROOF_NBYTES = 32
 _SENDER, _RECEIVER = b"kvpoll-tcp sender", b"kvpoll-tcp receiver"
 
 
+Incarnation = Annotated[bytes, Meta(min_length=wire.INCARNATION_NBYTES, max_length=wire.INCARNATION_NBYTES)]
+
+
 class Descriptor(msgspec.Struct, frozen=True):
     """What a peer needs to connect. It travels over the control channel, which keeps it secret.
 
@@ -41,9 +44,7 @@ class Descriptor(msgspec.Struct, frozen=True):
     version: int
     host: Annotated[str, Meta(min_length=1, max_length=64)]
     port: Annotated[int, Meta(ge=1, lt=1 << 16)]
-    incarnation: Annotated[
-        bytes, Meta(min_length=wire.INCARNATION_NBYTES, max_length=wire.INCARNATION_NBYTES)
-    ]
+    incarnation: Incarnation
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
 
     def __repr__(self) -> str:

@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Union
+from typing import Protocol
 
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_tcp.backlog import Backlog, Job
+from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.handshake import Descriptor
 from kvpoll_tcp.mailbox import Mailbox
 from kvpoll_tcp.outbox import Outbox
@@ -67,7 +68,7 @@ class Lane:
         self._status = status
         self._settings = settings
         self._plug = Plug()
-        self._mailbox: Mailbox[Union[Job, Cancel, _Close]] = Mailbox()
+        self._mailbox: Mailbox[Job | Cancel | _Close] = Mailbox()
         self._backlog = Backlog()
         self._stream: Stream | None = None
         self._moved_at = 0.0
@@ -79,9 +80,19 @@ class Lane:
         """Bytes of all jobs that have ended."""
         return self._backlog.ended_nbytes
 
-    def open(self) -> None:
-        """Begin to take orders; `run` carries them out."""
+    def start(self, crew: Crew, name: str) -> None:
+        """Begin to take orders, and start the thread that carries them out.
+
+        Raises:
+            OSError: The system has no file descriptor left to give.
+            RuntimeError: It has no thread left to give.
+        """
         self._mailbox.open()
+        try:
+            crew.start(name, self._run)
+        except RuntimeError:
+            self._mailbox.close()
+            raise
 
     def post(self, order: Job | Cancel) -> bool:
         """Give an order; False if the lane is closed."""
@@ -92,8 +103,7 @@ class Lane:
         self._mailbox.post(_Close())
         self._plug.cut()
 
-    def run(self) -> None:
-        """The thread."""
+    def _run(self) -> None:
         try:
             while not self._closed:
                 self._guarded_turn()
@@ -105,10 +115,10 @@ class Lane:
             self._obey()
             if not self._closed:
                 self._turn()
-        except (OSError, MalformedMessage) as error:
-            self._break(
-                str(error) if isinstance(error, (Broken, MalformedMessage)) else error.strerror or repr(error)
-            )
+        except (Broken, MalformedMessage) as error:
+            self._break(str(error))
+        except OSError as error:
+            self._break(error.strerror or repr(error))
         except Exception as error:
             # A mistake of ours: the tickets at hand fail, the next ones get a new connection.
             _log.exception("the connection to %s is given up", self._peer)

@@ -69,7 +69,7 @@ class TcpLink:
         """Start writing and return a ticket, which ends exactly once.
 
         Raises:
-            InvalidInput: A write outside the source's regions, an empty list or write, too many entries or bytes.
+            InvalidInput: A write outside the source's regions, nothing to write, or too much.
         """
         check_writes(writes, self._sources, self._max_entries)
         ticket = next(self._tickets)
@@ -77,10 +77,7 @@ class TcpLink:
             self._outbox.put(Failed(ticket, "the token is none of a tcp transport", quiescent=True))
             return ticket
         job = Job(ticket, writes, token)
-        loads = [
-            given - lane.ended_nbytes for given, lane in zip(self._given_nbytes, self._lanes, strict=True)
-        ]
-        chosen = loads.index(min(loads))
+        chosen = min(range(len(self._lanes)), key=self._load_nbytes)
         self._given_nbytes[chosen] += job.nbytes
         if not self._lanes[chosen].post(job):
             self._outbox.put(Failed(ticket, "the link is closed", quiescent=True))
@@ -96,6 +93,9 @@ class TcpLink:
         self.is_closed = True
         for lane in self._lanes:
             lane.close()
+
+    def _load_nbytes(self, lane: int) -> int:
+        return self._given_nbytes[lane] - self._lanes[lane].ended_nbytes
 
 
 def check_writes(writes: Sequence[Write], sources: Mapping[int, memoryview], max_entries: int) -> None:

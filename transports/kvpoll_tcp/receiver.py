@@ -22,7 +22,7 @@ __all__ = ["Landing", "Listener"]
 _log = logging.getLogger("kvpoll_tcp")
 
 _FENCE_LOOK_S = 0.1
-"""How long a call that reads into the destination may wait: the longest a fence is held up by a silent peer."""
+"""How long reading into the destination may wait: the longest a silent peer can hold up a fence."""
 _SINK_NBYTES = 1 << 16
 _CUT_SHORT = "the peer closed the connection in the middle of a frame"
 _FIRST_NBYTES = wire.HEAD_NBYTES + wire.ENTRY_NBYTES
@@ -60,7 +60,7 @@ class Listener:
         self._crew.start("accept", lambda: self._accept_all(listening))
 
     def stop(self) -> None:
-        """End the port and all connections; none is left, and no byte lands, once the crew has been joined."""
+        """End the port and all connections; no byte lands any more once the crew has been joined."""
         self._closing.set()
         self._plug.cut()
         with self._lock:

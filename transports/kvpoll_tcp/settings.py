@@ -24,9 +24,10 @@ class TcpSettings:
         max_strangers: Most connections that have not proved themselves yet; the oldest makes room.
         connect_s: How long reaching the peer may take.
         handshake_s: How long the mutual proof may take, on either side.
-        cancel_patience_s: How long a peer may take no byte before a cancelled ticket gives the connection up.
-        dead_peer_s: How long a peer's machine may be silent, or take no byte, before the connection is given up.
-        buffer_nbytes: Kernel buffer per direction. None: 1 MiB within one machine, the kernel's choice elsewhere.
+        cancel_patience_s: How long a peer may stand still while a ticket is to end early; then the connection
+            is given up.
+        dead_peer_s: How long a peer's machine may be silent, or take no byte; then likewise.
+        buffer_nbytes: Kernel buffer per direction. None: 1 MiB within one machine, else the kernel's choice.
 
     Raises:
         AddressError: A wildcard or multicast address nobody could connect to.
@@ -49,9 +50,7 @@ class TcpSettings:
         if self.advertise is None:
             require_reachable(self.host, "tell peers where with advertise=")
         else:
-            require_reachable(
-                split_advertised(self.advertise)[0], "advertise an address peers can connect to"
-            )
+            require_reachable(split_advertised(self.advertise)[0], "advertise one that peers can reach")
         if self.data_ports is not None:
             low, high = self.data_ports
             if not 0 < low <= high < 1 << 16:

@@ -1,4 +1,4 @@
-"""Socket calls that block in the kernel, never in Python's own timeouts, and can be cut off by another thread.
+"""Socket calls that block in the kernel, not in Python, and can be cut off by another thread.
 
 `settimeout()` makes every call poll first, and next to a busy Python thread each of those system calls waits
 for the interpreter again. Timeouts are therefore the kernel's, by SO_RCVTIMEO and SO_SNDTIMEO.
@@ -41,7 +41,7 @@ class Broken(ConnectionError):
 class Plug:
     """Holds one thread's socket so that another thread may cut it off.
 
-    Shutting down and closing exclude each other here: a number that was closed may be another socket's already.
+    Shutting down and closing exclude each other: a number that was closed may be another socket's already.
     """
 
     def __init__(self) -> None:

@@ -149,13 +149,10 @@ class TcpTransport:
         peer = _read_peer(descriptor, regions)
         number = next(self._link_numbers)
         status = LinkStatus(number, self._outbox)
-        lanes = [
-            Lane(peer, self._regions, self._outbox, status, self._settings)
-            for _ in range(self._settings.streams)
-        ]
-        link = TcpLink(
-            number, lanes, self._regions, self._outbox, self._tickets, self.capabilities.scatter_entries
-        )
+        settings = self._settings
+        lanes = [Lane(peer, self._regions, self._outbox, status, settings) for _ in range(settings.streams)]
+        most = self.capabilities.scatter_entries
+        link = TcpLink(number, lanes, self._regions, self._outbox, self._tickets, most)
         self._links = [other for other in self._links if not other.is_closed]
         self._links.append(link)
         self._start_lanes(link, lanes)
@@ -189,8 +186,7 @@ class TcpTransport:
     def _start_lanes(self, link: TcpLink, lanes: Sequence[Lane]) -> None:
         try:
             for number, lane in enumerate(lanes):
-                lane.open()
-                self._crew.start(f"link-{link.number}.{number}", lane.run)
+                lane.start(self._crew, f"link-{link.number}.{number}")
         except (OSError, RuntimeError) as error:  # out of file descriptors or threads
             link.close()
             self._outbox.put(LinkDown(link.number, f"cannot start: {error}"))

@@ -2,10 +2,10 @@
 
 Opening, once. Nothing counts before both sides have proved that they know the secret of the descriptor:
 
-    sender -> receiver   Hello   8s magic "KVPOLTCP"  H version  16s incarnation meant   32s nonce
-    receiver -> sender   Hello   8s magic "KVPOLTCP"  H version  16s incarnation found   32s nonce
-    sender -> receiver   Proof   32s HMAC-SHA256(secret, role | version | incarnation | sender's, receiver's nonce)
-    receiver -> sender   Proof   the same with the other role
+    sender -> receiver   Hello   8s magic "KVPOLTCP"  H version  16s incarnation meant  32s nonce
+    receiver -> sender   Hello   8s magic "KVPOLTCP"  H version  16s incarnation found  32s nonce
+    sender -> receiver   Proof   32s HMAC-SHA256(secret, role | sender's Hello | receiver's Hello)
+    receiver -> sender   Proof   the same for the other role
 
 Then frames, sender -> receiver, each at most 4 MiB of payload:
 
@@ -142,19 +142,8 @@ class Head:
         """The head and its entries as bytes."""
         flags = _LAST if self.last else 0
         packed = bytearray(HEAD_NBYTES + ENTRY_NBYTES * len(entries))
-        _HEAD.pack_into(
-            packed,
-            0,
-            FRAME_MAGIC,
-            _DATA,
-            flags,
-            self.index,
-            self.ticket,
-            self.nbytes,
-            self.entries,
-            0,
-            self.token,
-        )
+        first = (FRAME_MAGIC, _DATA, flags, self.index, self.ticket)
+        _HEAD.pack_into(packed, 0, *first, self.nbytes, self.entries, 0, self.token)
         for number, (region, nbytes, offset) in enumerate(entries):
             _ENTRY.pack_into(packed, HEAD_NBYTES + ENTRY_NBYTES * number, region, 0, nbytes, offset)
         return bytes(packed)
