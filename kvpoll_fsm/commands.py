@@ -19,7 +19,6 @@ Each command says which input answers it. A session never waits: it is fed the a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from kvpoll_fsm.messages import BlockGrant, Message
 
@@ -195,18 +194,18 @@ class CancelTimer:
     name: str
 
 
-Command = Union[
-    Send,
-    Preflight,
-    Grant,
-    Regrant,
-    Expose,
-    StartPart,
-    CancelPart,
-    Verify,
-    CopyOut,
-    Fence,
-    Release,
-    SetTimer,
-    CancelTimer,
-]
+Command = (
+    Send
+    | Preflight
+    | Grant
+    | Regrant
+    | Expose
+    | StartPart
+    | CancelPart
+    | Verify
+    | CopyOut
+    | Fence
+    | Release
+    | SetTimer
+    | CancelTimer
+)

@@ -142,7 +142,7 @@ class Driver:
         if self._cause is not None:
             raise EndpointClosed(self._cause)
         self.post(task)
-        if self._cause is not None:
+        if self.ended is not None:  # it ended meanwhile; nobody else will run the task
             self.abandon_inbox()
         return future
 

@@ -7,7 +7,6 @@ that read them are in `kvpoll_fsm.lifecycle`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 __all__ = [
     "FAILING",
@@ -65,7 +64,7 @@ class ProtocolError:
     """The peer did something the protocol does not allow, or this side met a bug of its own."""
 
 
-LifecycleEvent = Union[Bootstrapped, PartDone, Resumed, Aborted, PeerLost, DeadlinePassed, ProtocolError]
+LifecycleEvent = Bootstrapped | PartDone | Resumed | Aborted | PeerLost | DeadlinePassed | ProtocolError
 
 FAILING: tuple[LifecycleEvent, ...] = (Aborted(), PeerLost(), DeadlinePassed(), ProtocolError())
 """The events that end any live room as Failed."""

@@ -161,7 +161,7 @@ class Sender(Room):
         self._require_unsent()
         if not self._owner.pool.managed:
             raise InvalidInput(
-                "send() stages through blocks of our own; with adopt()ed blocks call open() and send_blocks()"
+                "send() stages through our own blocks; with adopt()ed ones call open() and send_blocks()"
             )
         source = Source.of(self._owner.pool.layout, data, copy)
         self._source, self._total_tokens = source, source.total_tokens
@@ -175,9 +175,7 @@ class Sender(Room):
         """
         self._require_unsent()
         if self._owner.pool.managed:
-            raise InvalidInput(
-                "open() is for blocks of the engine's own: make the pool with BlockPool.adopt(), or call send()"
-            )
+            raise InvalidInput("open() is for an engine's own blocks: use BlockPool.adopt(), or call send()")
         if isinstance(total_tokens, bool) or not isinstance(total_tokens, int) or total_tokens < 1:
             raise InvalidInput(f"total_tokens={total_tokens!r}: give an integer of at least 1")
         self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
@@ -200,9 +198,7 @@ class Sender(Room):
             raise ForeignBlock(blocks, f"block ids of this pool are 0 to {pool.blocks - 1}")
         if tokens < 1 or pool.layout.blocks_for(tokens) != len(blocks):
             needed = pool.layout.blocks_for(max(tokens, 1))
-            raise InvalidInput(
-                f"{tokens} tokens take {needed} blocks of {pool.layout.block_tokens}, {len(blocks)} were given"
-            )
+            raise InvalidInput(f"{tokens} tokens take {needed} blocks here, {len(blocks)} were given")
         if self._ready_tokens + tokens > self._total_tokens:
             raise InvalidInput(f"{self._ready_tokens + tokens} tokens in a room opened for {self._total_tokens}")
         source = self._source

@@ -6,7 +6,6 @@ Ids, time and randomness are in here, never made by a session.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure, FailureCode
@@ -237,27 +236,27 @@ class Crashed:
     detail: str
 
 
-Input = Union[
-    Start,
-    Supplied,
-    ResumeWith,
-    ReleasePart,
-    AbortRoom,
-    ClearRoom,
-    MessageReceived,
-    BeatReceived,
-    PeerGone,
-    Preflighted,
-    Granted,
-    GrantQueued,
-    GrantRefused,
-    RevokeGrant,
-    Progress,
-    PartWritten,
-    RankQuiesced,
-    Verified,
-    CopiedOut,
-    Fenced,
-    TimerFired,
-    Crashed,
-]
+Input = (
+    Start
+    | Supplied
+    | ResumeWith
+    | ReleasePart
+    | AbortRoom
+    | ClearRoom
+    | MessageReceived
+    | BeatReceived
+    | PeerGone
+    | Preflighted
+    | Granted
+    | GrantQueued
+    | GrantRefused
+    | RevokeGrant
+    | Progress
+    | PartWritten
+    | RankQuiesced
+    | Verified
+    | CopiedOut
+    | Fenced
+    | TimerFired
+    | Crashed
+)

@@ -10,7 +10,7 @@ Each room message names both generations. 0 stands for one the sender of the mes
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -239,19 +239,7 @@ class Bye(msgspec.Struct, frozen=True, tag_field="kind", tag="Bye"):
     """This incarnation ends; nothing follows."""
 
 
-Message = Union[
-    Reserve,
-    Resume,
-    Opened,
-    PartReport,
-    PartAck,
-    PartOutcome,
-    Withdraw,
-    Withdrawn,
-    Abort,
-    Quiesced,
-    Bye,
-]
+Message = Reserve | Resume | Opened | PartReport | PartAck | PartOutcome | Withdraw | Withdrawn | Abort | Quiesced | Bye
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
@@ -299,7 +287,7 @@ class Stranger(msgspec.Struct, frozen=True, tag_field="kind", tag="Stranger"):
     target: Incarnation
 
 
-Packet = Union[Hello, Welcome, Frame, Stranger]
+Packet = Hello | Welcome | Frame | Stranger
 
 _decoder: msgspec.msgpack.Decoder[Packet] = msgspec.msgpack.Decoder(Packet)
 _encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Union
+from typing import Protocol
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.commands import StartPart, Target
@@ -28,7 +28,7 @@ Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], Non
 """For a room, run the first on a worker and give its result or exception to the second on the driver's thread."""
 
 Runs = list[tuple[int, int]]
-TicketEnd = Union[Done, Failed]
+TicketEnd = Done | Failed
 
 
 class EngineBlocks:
@@ -55,7 +55,7 @@ class EngineBlocks:
         return self._first_block or 0
 
 
-RoomSource = Union[Source, EngineBlocks]
+RoomSource = Source | EngineBlocks
 
 
 class Peers(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Union, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 __all__ = [
     "MAX_TICKET_NBYTES",
@@ -175,7 +175,7 @@ class LinkDown:
     reason: str
 
 
-Completion = Union[Done, Failed, Quiesced, Progress, Fenced, LinkUp, LinkDown]
+Completion = Done | Failed | Quiesced | Progress | Fenced | LinkUp | LinkDown
 
 
 @runtime_checkable

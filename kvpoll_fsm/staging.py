@@ -125,7 +125,13 @@ def checksum_runs(pool: BlockPool, slot_runs: Runs, room_block: int | None) -> b
         pool: Whose slots.
         slot_runs: From `layout.runs` and `layout.cut`.
         room_block: The block that holds the per-room values, or None to leave those out.
+
+    Raises:
+        ForeignBlock: A slot or block this pool has not.
     """
+    _require_blocks(pool, () if room_block is None else (room_block,))
+    size = pool.layout.block_tokens
+    _require_blocks(pool, [at // size for slot, length in slot_runs for at in (slot, slot + length - 1)])
     digest = xxhash.xxh3_128()
     for region, field in zip(pool.regions(), pool.layout.fields, strict=True):
         pieces = slot_runs
@@ -222,11 +228,15 @@ def _require_range(offset: int, tokens: int, total_tokens: int) -> None:
         raise InvalidInput(f"a part of {tokens} tokens at {offset} in a room of {total_tokens}")
 
 
-def _slot_runs(pool: BlockPool, blocks: Sequence[int], tokens: int) -> list[tuple[int, int]]:
-    """The token slots of a part, checked before any byte moves: a negative slice would hit other blocks."""
+def _require_blocks(pool: BlockPool, blocks: Iterable[int]) -> None:
     foreign = tuple(block for block in blocks if not 0 <= block < pool.blocks)
     if foreign:
         raise ForeignBlock(foreign, f"block ids of this pool are 0 to {pool.blocks - 1}")
+
+
+def _slot_runs(pool: BlockPool, blocks: Sequence[int], tokens: int) -> list[tuple[int, int]]:
+    """The token slots of a part, checked before any byte moves: a negative slice would hit other blocks."""
+    _require_blocks(pool, blocks)
     if tokens < 1:
         raise InvalidInput(f"a part of {tokens} tokens")
     return list(runs(blocks, pool.layout.block_tokens, tokens))

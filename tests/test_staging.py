@@ -195,6 +195,9 @@ def test_checksum_of_a_part_that_starts_inside_a_block() -> None:
     pieces = list(cut(runs(blocks, 4, 12), 3, 6))
     assert checksum_runs(pool, pieces, None) == _reference_checksum(room, 3, 6, False)
     assert checksum_runs(pool, pieces, 2) == _reference_checksum(room, 3, 6, True)
+    for bad, room_block in (([(-1, 2)], None), ([(15, 2)], None), ([(0, 1)], 4), ([(0, 1)], -1)):
+        with pytest.raises(ForeignBlock, match="block ids of this pool are 0 to 3"):
+            checksum_runs(pool, bad, room_block)
 
 
 def test_an_adopted_pool_can_be_staged_into_and_summed() -> None:

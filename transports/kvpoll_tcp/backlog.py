@@ -31,17 +31,24 @@ def cut(writes: Iterable[Write]) -> Iterator[tuple[int, tuple[Write, ...]]]:
     pieces: list[Write] = []
     room = FRAME_NBYTES
     for write in writes:
-        done = 0
-        while done < write.nbytes:
-            take = min(write.nbytes - done, room)
-            pieces.append(Write(write.region, write.src_offset + done, write.dst_offset + done, take))
-            done += take
-            room -= take
+        left: Write | None = write
+        while left is not None:
+            piece, left = _split(left, room)
+            pieces.append(piece)
+            room -= piece.nbytes
             if not room or len(pieces) == MAX_ENTRIES:
                 yield FRAME_NBYTES - room, tuple(pieces)
                 pieces, room = [], FRAME_NBYTES
     if pieces:
         yield FRAME_NBYTES - room, tuple(pieces)
+
+
+def _split(write: Write, nbytes: int) -> tuple[Write, Write | None]:
+    """The first `nbytes` of a write, and the rest of it if there is any."""
+    if write.nbytes <= nbytes:
+        return write, None
+    rest = Write(write.region, write.src_offset + nbytes, write.dst_offset + nbytes, write.nbytes - nbytes)
+    return Write(write.region, write.src_offset, write.dst_offset, nbytes), rest
 
 
 class Job:
@@ -64,8 +71,7 @@ class Job:
         self._stopped: str | None = None
         frames = list(cut(writes))
         self._frames = deque(
-            Frame(index, index == len(frames) - 1, nbytes, pieces)
-            for index, (nbytes, pieces) in enumerate(frames)
+            Frame(index, index == len(frames) - 1, nbytes, pieces) for index, (nbytes, pieces) in enumerate(frames)
         )
 
     @property

@@ -56,9 +56,7 @@ class Descriptor(msgspec.Struct, frozen=True):
 
 def new_identity(host: str, port: int) -> Descriptor:
     """A descriptor with a fresh secret and incarnation."""
-    return Descriptor(
-        wire.VERSION, host, port, secrets.token_bytes(wire.INCARNATION_NBYTES), secrets.token_bytes(32)
-    )
+    return Descriptor(wire.VERSION, host, port, secrets.token_bytes(wire.INCARNATION_NBYTES), secrets.token_bytes(32))
 
 
 def _proof(secret: bytes, role: bytes, sender: wire.Hello, receiver: wire.Hello) -> bytes:
@@ -79,9 +77,7 @@ def prove_to_receiver(sock: socket.socket, peer: Descriptor, within_s: float) ->
     sock.sendall(ours.pack(), socket.MSG_NOSIGNAL)
     theirs = wire.Hello.unpack(receive_exactly(sock, wire.HELLO_NBYTES, deadline))
     if theirs.version != wire.VERSION:
-        raise Broken(
-            f"the peer speaks version {theirs.version} of the tcp wire format, we speak {wire.VERSION}"
-        )
+        raise Broken(f"the peer speaks version {theirs.version} of the tcp wire format, we speak {wire.VERSION}")
     if theirs.incarnation != peer.incarnation:
         raise Broken("another transport answers at the peer's address: the peer was restarted")
     sock.sendall(_proof(peer.secret, _SENDER, ours, theirs), socket.MSG_NOSIGNAL)

@@ -128,9 +128,7 @@ class Listener:
 class Reader:
     """One connection: its frames are read into place and answered, one after the other."""
 
-    def __init__(
-        self, sock: socket.socket, plug: Plug, peer: str, identity: Descriptor, landing: Landing
-    ) -> None:
+    def __init__(self, sock: socket.socket, plug: Plug, peer: str, identity: Descriptor, landing: Landing) -> None:
         self.peer = peer
         self._socket = sock
         self._plug = plug

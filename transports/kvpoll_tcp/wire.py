@@ -141,12 +141,10 @@ class Head:
     def pack(self, entries: Sequence[Entry]) -> bytes:
         """The head and its entries as bytes."""
         flags = _LAST if self.last else 0
-        packed = bytearray(HEAD_NBYTES + ENTRY_NBYTES * len(entries))
         first = (FRAME_MAGIC, _DATA, flags, self.index, self.ticket)
-        _HEAD.pack_into(packed, 0, *first, self.nbytes, self.entries, 0, self.token)
-        for number, (region, nbytes, offset) in enumerate(entries):
-            _ENTRY.pack_into(packed, HEAD_NBYTES + ENTRY_NBYTES * number, region, 0, nbytes, offset)
-        return bytes(packed)
+        packed = [_HEAD.pack(*first, self.nbytes, self.entries, 0, self.token)]
+        packed += [_ENTRY.pack(region, 0, nbytes, offset) for region, nbytes, offset in entries]
+        return b"".join(packed)
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Head:
@@ -168,12 +166,15 @@ class Head:
         Raises:
             MalformedMessage: An empty entry, or sizes that do not add up to the payload.
         """
-        raw = list(_ENTRY.iter_unpack(data))
-        entries = [(region, nbytes, offset) for region, _, nbytes, offset in raw]
-        if any(zero for _, zero, _, _ in raw) or not all(nbytes for _, nbytes, _ in entries):
-            raise MalformedMessage("a frame with an entry that is none")
-        if sum(nbytes for _, nbytes, _ in entries) != self.nbytes:
-            raise MalformedMessage(f"a frame whose entries do not add up to its {self.nbytes} bytes")
+        entries: list[Entry] = []
+        total = 0
+        for region, zero, nbytes, offset in _ENTRY.iter_unpack(data):
+            if zero or not nbytes:
+                raise MalformedMessage("a frame with an entry that is none")
+            entries.append((region, nbytes, offset))
+            total += nbytes
+        if total != self.nbytes:
+            raise MalformedMessage(f"a frame of {self.nbytes} bytes whose entries have {total}")
         return entries
 
 
