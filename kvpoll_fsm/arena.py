@@ -168,13 +168,9 @@ def _allocate(field: Field, layout: Layout, blocks: int) -> memoryview:
 
 def _require_apart(layout: Layout, buffers: list[memoryview]) -> None:
     """Refuse arenas that overlap: a transfer of one field would overwrite another."""
-    starts = [
-        (int(np.frombuffer(buffer, np.uint8).ctypes.data), number) for number, buffer in enumerate(buffers)
-    ]
+    starts = [(int(np.frombuffer(buffer, np.uint8).ctypes.data), number) for number, buffer in enumerate(buffers)]
     starts.sort()
     for (start, number), (next_start, other) in pairwise(starts):
         if start + buffers[number].nbytes > next_start:
             name = layout.fields[number].name
-            raise LayoutError(
-                layout.fields[other].name, f"shares memory with field {name!r}: give it its own"
-            )
+            raise LayoutError(layout.fields[other].name, f"shares memory with field {name!r}: give it its own")

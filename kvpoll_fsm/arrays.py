@@ -221,9 +221,7 @@ def _numpy_misfit(field: Field, array: npt.NDArray[Any]) -> str:
 
 
 def _shape_misfit(given: tuple[int, ...], wanted: tuple[int | str, ...]) -> str:
-    fits = len(given) == len(wanted) and all(
-        isinstance(w, str) or g == w for g, w in zip(given, wanted, strict=True)
-    )
+    fits = len(given) == len(wanted) and all(isinstance(w, str) or g == w for g, w in zip(given, wanted, strict=True))
     return "" if fits else "give it the wanted shape"
 
 

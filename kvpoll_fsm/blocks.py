@@ -154,6 +154,7 @@ class BlockAccounts:
             self._check_new(new)
         blocks = self._pop(self._leased, old)
         self._free.extend(reversed(blocks[count:]))
+        self.forget(new)
         self._leased[new] = blocks[:count]
         return blocks[:count]
 

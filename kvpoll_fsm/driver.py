@@ -30,6 +30,7 @@ from kvpoll_fsm.inputs import Crashed, Input, Preflighted
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
 from kvpoll_fsm.outgoing import Outgoing
+from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.spi import Transport
 from kvpoll_fsm.timers import Timers
@@ -178,7 +179,7 @@ class Driver:
         if session is None or view is None:
             return
         before = view.state
-        if session.state is before.Success and view.data is None:
+        if session.state is KVPoll.Success and view.data is None:
             view.data = self.incoming.take_arrays(key)
         view.update(session)
         if session.state.is_terminal and not before.is_terminal:

@@ -196,6 +196,8 @@ class Sender(Room):
         blocks, pool = tuple(block_ids), self._owner.pool
         if any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in blocks):
             raise ForeignBlock(blocks, f"block ids of this pool are 0 to {pool.blocks - 1}")
+        if len(set(blocks)) != len(blocks):
+            raise ForeignBlock(blocks, "an id is named twice")
         if tokens < 1 or pool.layout.blocks_for(tokens) != len(blocks):
             needed = pool.layout.blocks_for(max(tokens, 1))
             raise InvalidInput(f"{tokens} tokens take {needed} blocks here, {len(blocks)} were given")

@@ -11,7 +11,7 @@ from typing import cast
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.arrays import Array, Kind
 from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
-from kvpoll_fsm.errors import Failure, FailureCode, KvpollError
+from kvpoll_fsm.errors import Failure, FailureCode, InvalidInput, KvpollError
 from kvpoll_fsm.inputs import CopiedOut, Fenced, Granted, GrantRefused, Input, Verified
 from kvpoll_fsm.outgoing import Submit
 from kvpoll_fsm.poll import KVPoll
@@ -148,6 +148,8 @@ class Incoming:
 
 def _problem(result: object) -> Problem | None:
     """What a worker found, or the exception it ended with, as a failure."""
+    if isinstance(result, InvalidInput):
+        return FailureCode.RequestTooLarge, str(result)
     if isinstance(result, BaseException):
         return FailureCode.InternalError, f"{type(result).__name__}: {result}"
     return cast("Problem | None", result)

@@ -228,9 +228,7 @@ def cut(runs: Iterable[tuple[int, int]], offset: int, tokens: int) -> Iterator[t
         at += length
 
 
-def _shared_runs(
-    src: Iterator[tuple[int, int]], dst: Iterator[tuple[int, int]]
-) -> Iterator[tuple[int, int, int]]:
+def _shared_runs(src: Iterator[tuple[int, int]], dst: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """Cut two run lists of equal total length where either ends: (source slot, destination slot, length)."""
     src_at = src_left = dst_at = dst_left = 0
     while True:

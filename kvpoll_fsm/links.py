@@ -61,18 +61,17 @@ class Links:
         if place is None:
             return
         entry = self._links[place]
-        up = isinstance(completion, LinkUp)
-        entry.up = up
-        waiting, entry.waiting = entry.waiting, []
+        entry.up = isinstance(completion, LinkUp)
         if isinstance(completion, LinkDown):
-            self._drop(place)
+            return self._drop(place, completion.reason)
+        waiting, entry.waiting = entry.waiting, []
         for answer in waiting:
-            answer(up, "" if isinstance(completion, LinkUp) else completion.reason)
+            answer(True, "")
 
     def hang_up(self, conn: int) -> None:
         """The peer is gone: its links end, and with them what is in flight on them."""
         for place in [place for place in self._links if place[0] == conn]:
-            self._drop(place)
+            self._drop(place, "the peer is gone")
 
     def _connect(self, conn: int, offer: TransportOffer) -> _Entry:
         link = self._transports[offer.name].connect(offer.descriptor, offer.regions)
@@ -81,7 +80,9 @@ class Links:
         self._numbers[offer.name, link.number] = (conn, offer.name)
         return entry
 
-    def _drop(self, place: tuple[int, str]) -> None:
+    def _drop(self, place: tuple[int, str], why: str) -> None:
         entry = self._links.pop(place)
         self._numbers.pop((place[1], entry.link.number), None)
         entry.link.close()
+        for answer in entry.waiting:
+            answer(False, why)

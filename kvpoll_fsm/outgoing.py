@@ -76,6 +76,14 @@ class _Prepared:
 
 
 @dataclass
+class _Ticket:
+    """Bytes under one ticket: in all, and landed so far."""
+
+    nbytes: int
+    landed: int = 0
+
+
+@dataclass
 class _Writing:
     """The writes of one part to one rank."""
 
@@ -84,11 +92,19 @@ class _Writing:
     target: Target
     checksum: bytes | None = None
     pending: deque[list[Write]] = field(default_factory=deque)
-    tickets: dict[int, int] = field(default_factory=dict)
+    tickets: dict[int, _Ticket] = field(default_factory=dict)
     loose: set[int] = field(default_factory=set)
     source_free: bool = True
     failed: str = ""
     ended: bool = False
+
+
+@dataclass
+class _Lane:
+    """One link: the writings that have batches left for it, and how many tickets are in flight on it."""
+
+    queue: deque[_Writing] = field(default_factory=deque)
+    outstanding: int = 0
 
 
 class Outgoing:
@@ -125,7 +141,7 @@ class Outgoing:
         self._hashes = hashes
         self._writings: dict[tuple[RoomKey, int], _Writing] = {}
         self._by_ticket: dict[tuple[str, int], _Writing] = {}
-        self._lanes: dict[tuple[int, str], deque[_Writing]] = {}
+        self._lanes: dict[tuple[int, str], _Lane] = {}
         self._landed: dict[RoomKey, int] = {}
 
     def start(self, key: RoomKey, command: StartPart) -> None:
@@ -149,7 +165,9 @@ class Outgoing:
         if writing is None:
             return
         if isinstance(completion, TicketProgress):
-            self._advance(writing, completion.ticket, completion.nbytes)
+            ticket = writing.tickets.get(completion.ticket)
+            if ticket is not None:
+                self._advance(writing, ticket, completion.nbytes)
         elif isinstance(completion, Quiesced):
             self._quiesced(writing, transport, completion.ticket)
         else:
@@ -220,32 +238,31 @@ class Outgoing:
             self._give_up(writing, why)
         if writing.failed:
             return self._finish(writing)
-        self._lanes.setdefault(lane, deque()).append(writing)
+        self._lanes.setdefault(lane, _Lane()).queue.append(writing)
         self._pump(lane)
 
     # Tickets
 
-    def _pump(self, lane: tuple[int, str]) -> None:
+    def _pump(self, place: tuple[int, str]) -> None:
         """Submit batches on a link, rooms taking turns, as many as may be outstanding."""
-        queue = self._lanes.get(lane)
-        link = self._links.get(*lane)
-        most = self._transports[lane[1]].capabilities.max_outstanding
-        while queue and link is not None and sum(len(w.tickets) for w in self._on(lane)) < most:
-            writing = queue.popleft()
-            if writing.pending:
-                self._submit_batch(writing, link)
-                queue.append(writing)
-        if not queue:
-            self._lanes.pop(lane, None)
-        elif link is None:
-            for writing in self._lanes.pop(lane):
+        lane, link = self._lanes.get(place), self._links.get(*place)
+        if lane is None:
+            return
+        most = self._transports[place[1]].capabilities.max_outstanding
+        while lane.queue and link is not None and lane.outstanding < most:
+            writing = lane.queue.popleft()
+            if writing.pending and self._submit_batch(writing, link):
+                lane.outstanding += 1
+                lane.queue.append(writing)
+        if link is None:
+            for writing in lane.queue:
                 self._give_up(writing, "the link went down")
                 self._finish(writing)
+            lane.queue.clear()
+        if not lane.queue and not lane.outstanding:
+            del self._lanes[place]
 
-    def _on(self, lane: tuple[int, str]) -> Iterator[_Writing]:
-        return (w for w in self._writings.values() if (w.target.conn, w.target.transport) == lane)
-
-    def _submit_batch(self, writing: _Writing, link: Link) -> None:
+    def _submit_batch(self, writing: _Writing, link: Link) -> bool:
         batch = writing.pending.popleft()
         transport = writing.target.transport
         try:
@@ -253,28 +270,33 @@ class Outgoing:
         except KvpollError as error:
             self._give_up(writing, str(error))
             self._finish(writing)
-            return
-        writing.tickets[ticket] = 0
+            return False
+        writing.tickets[ticket] = _Ticket(sum(write.nbytes for write in batch))
         self._by_ticket[transport, ticket] = writing
+        return True
 
-    def _advance(self, writing: _Writing, ticket: int, nbytes: int) -> None:
-        grown = nbytes - writing.tickets.get(ticket, nbytes)
+    def _advance(self, writing: _Writing, ticket: _Ticket, landed: int) -> None:
+        grown = landed - ticket.landed
         if grown > 0:
-            writing.tickets[ticket] = nbytes
-            landed = self._landed[writing.key] = self._landed.get(writing.key, 0) + grown
-            self._feed(writing.key, Progress(writing.command.part, landed))
+            ticket.landed = landed
+            total = self._landed[writing.key] = self._landed.get(writing.key, 0) + grown
+            self._feed(writing.key, Progress(writing.command.part, total))
 
     def _ended(self, writing: _Writing, transport: str, end: TicketEnd) -> None:
-        del writing.tickets[end.ticket]
+        ticket = writing.tickets.pop(end.ticket)
         if isinstance(end, Failed):
             self._give_up(writing, end.reason)
             writing.source_free = writing.source_free and end.source_free
+        else:
+            self._advance(writing, ticket, ticket.nbytes)
         if isinstance(end, Failed) and not end.quiescent:
             writing.loose.add(end.ticket)
         else:
             del self._by_ticket[transport, end.ticket]
+        place = (writing.target.conn, transport)
+        self._lanes[place].outstanding -= 1
         self._finish(writing)
-        self._pump((writing.target.conn, transport))
+        self._pump(place)
 
     def _quiesced(self, writing: _Writing, transport: str, ticket: int) -> None:
         del self._by_ticket[transport, ticket]

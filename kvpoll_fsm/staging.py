@@ -70,9 +70,7 @@ class Source:
         return self._buffers[field_number]
 
 
-def stage(
-    pool: BlockPool, blocks: Sequence[int], source: Source, offset: int, tokens: int, first: bool
-) -> None:
+def stage(pool: BlockPool, blocks: Sequence[int], source: Source, offset: int, tokens: int, first: bool) -> None:
     """Copy tokens [offset, offset + tokens) into blocks, the first of them to the start of `blocks[0]`.
 
     Args:

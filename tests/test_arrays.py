@@ -16,9 +16,7 @@ from kvpoll_fsm.errors import InvalidInput, LayoutError
 from kvpoll_fsm.layout import ITEMSIZE, Field, Layout
 
 RAW = {
-    name: "uint16" if size == 2 else "uint8"
-    for name, size in ITEMSIZE.items()
-    if "float8" in name or name[0:2] == "bf"
+    name: "uint16" if size == 2 else "uint8" for name, size in ITEMSIZE.items() if "float8" in name or name[0:2] == "bf"
 }
 EMB = Field("emb", "float32", (3,))
 ROOM = Field("aux", "int64", (2, 2), per_room=True)
@@ -72,9 +70,7 @@ def test_torch_in_and_out(dtype: str, per_room: bool) -> None:
 
 @pytest.mark.parametrize("dtype", RAW)
 def test_ml_dtypes_are_known_by_name(dtype: str) -> None:
-    ml_dtypes = pytest.importorskip(
-        "ml_dtypes", reason="ml_dtypes is optional: raw bits are what numpy users pass"
-    )
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is optional: raw bits are what numpy users pass")
     array = np.zeros((4, 3), getattr(ml_dtypes, dtype))
     assert as_bytes(Field("x", dtype, (3,)), array).nbytes == 12 * ITEMSIZE[dtype]
 

@@ -241,12 +241,16 @@ def test_waiting_again_replaces_the_request(pool: BlockAccounts) -> None:
     assert (given, len(blocks)) == (lease(1), 2)
 
 
-@pytest.mark.parametrize("action", ["take", "take_exact"])
+@pytest.mark.parametrize("action", ["take", "take_exact", "relabel"])
 def test_who_got_blocks_waits_no_more(pool: BlockAccounts, action: str) -> None:
     pool.take(lease(0), 8)
     pool.wait(lease(1), 1)
-    pool.release(lease(0))
-    assert getattr(pool, action)(lease(1), 1 if action == "take" else [4])
+    if action == "relabel":
+        pool.relabel(lease(0), lease(1), 2)
+    else:
+        pool.release(lease(0))
+        getattr(pool, action)(lease(1), 1 if action == "take" else [4])
+    assert pool.holds(lease(1))
     assert pool.first_waiting is None
     assert pool.serve() == []
 

@@ -270,9 +270,7 @@ def test_source_needs_every_field() -> None:
         ([1, 3], 0, 1, ForeignBlock, r"blocks \[3\]"),
     ],
 )
-def test_bad_parts_move_nothing(
-    blocks: list[int], offset: int, tokens: int, error: type[Exception], text: str
-) -> None:
+def test_bad_parts_move_nothing(blocks: list[int], offset: int, tokens: int, error: type[Exception], text: str) -> None:
     pool, source, destination = BlockPool(LAYOUT, 3), Source.of(LAYOUT, _data(9)), Destination(LAYOUT, 9)
     with pytest.raises(error, match=text):
         stage(pool, blocks, source, offset, tokens, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -12,7 +13,7 @@ from kvpoll_fsm.spi import LeaseId
 TOTAL = 6
 
 leases = st.builds(
-    LeaseId, st.just("receiver"), st.integers(0, 4), st.integers(0, 1), st.just(1), st.integers(0, 1)
+    LeaseId, st.just("receiver"), st.integers(0, 2), st.integers(0, 1), st.just(1), st.integers(0, 1)
 )
 sizes = st.integers(-1, TOTAL + 1)
 
@@ -188,3 +189,4 @@ class Accounts(RuleBasedStateMachine):
 
 
 TestAccounts = Accounts.TestCase
+TestAccounts.settings = settings(stateful_step_count=100)

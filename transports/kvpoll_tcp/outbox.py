@@ -26,6 +26,8 @@ class Outbox:
 
     def put(self, *items: Completion) -> None:
         """Append, and make the file descriptor readable."""
+        if not items:
+            return
         with self._lock:
             self._items.extend(items)
             wake = not self._signalled and self._fd is not None
