@@ -14,13 +14,18 @@ __all__ = ["Address"]
 class Address:
     """`tcp://host:port`; IPv6 hosts are written in brackets. Port 0 means: any free one.
 
+    An endpoint with CURVE keys adds its public key, `tcp://host:port?curve=HEX`, so that whoever is told the
+    address can also tell that the endpoint there is the one that was meant.
+
     Attributes:
         host: A name or an address, without brackets.
         port: 0 to 65535.
+        key: The endpoint's public key, Z85 text of 40 bytes, or None.
     """
 
     host: str
     port: int
+    key: bytes | None = None
 
     @classmethod
     def parse(cls, text: str | Address) -> Address:
@@ -33,7 +38,9 @@ class Address:
             return text
         if not isinstance(text, str) or not text.startswith("tcp://"):
             raise AddressError(str(text), "write tcp://host:port, e.g. tcp://127.0.0.1:0 or tcp://[::1]:0")
-        host, colon, port = text[len("tcp://") :].rpartition(":")
+        place, question, query = text[len("tcp://") :].partition("?")
+        key = _read_key(text, query) if question else None
+        host, colon, port = place.rpartition(":")
         if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise AddressError(text, "the port is a number from 0 to 65535")
         if host.startswith("[") and host.endswith("]"):
@@ -42,7 +49,7 @@ class Address:
             raise AddressError(text, "write an IPv6 host in brackets, e.g. tcp://[::1]:0")
         if not host or any(c.isspace() or c in "/[]@" for c in host):
             raise AddressError(text, "the host is missing or has odd characters")
-        return cls(host, int(port))
+        return cls(host, int(port), key)
 
     @property
     def is_v6(self) -> bool:
@@ -79,7 +86,29 @@ class Address:
 
     def with_port(self, port: int) -> Address:
         """The same host with another port."""
-        return Address(self.host, port)
+        return Address(self.host, port, self.key)
+
+    def with_key(self, key: bytes | None) -> Address:
+        """The same place with the public key of the endpoint there."""
+        return Address(self.host, self.port, key)
+
+    @property
+    def place(self) -> str:
+        """`tcp://host:port`, without the key: what a socket takes."""
+        return f"tcp://[{self.host}]:{self.port}" if self.is_v6 else f"tcp://{self.host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"tcp://[{self.host}]:{self.port}" if self.is_v6 else f"tcp://{self.host}:{self.port}"
+        return self.place if self.key is None else f"{self.place}?{_QUERY}{self.key.hex()}"
+
+
+_QUERY = "curve="
+
+
+def _read_key(text: str, query: str) -> bytes:
+    try:
+        key = bytes.fromhex(query[len(_QUERY) :]) if query.startswith(_QUERY) else b""
+    except ValueError:
+        key = b""
+    if len(key) != 40:
+        raise AddressError(text, "after '?' comes curve= and the endpoint's public key, 80 hex digits")
+    return key

@@ -9,6 +9,7 @@ from typing import Any
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.errors import AddressError, InvalidInput
+from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
 
 __all__ = ["Config"]
@@ -19,8 +20,7 @@ class Config:
     """How an endpoint is set up.
 
     Attributes:
-        listen: Where the control plane listens; port 0 takes any free one. Loopback unless `advertise` is
-            given: the control plane has no authentication of its own yet.
+        listen: Where the control plane listens; port 0 takes any free one.
         advertise: The control address that peers are told, if it differs (containers, NAT).
         policy: Which transports carry parts, best first.
         deadlines: How long each gate may stay shut.
@@ -29,6 +29,8 @@ class Config:
         isolation: "thread"; the driver runs in a thread of this process.
         transport_options: Keyword settings per transport name.
         workers: Threads that copy and hash.
+        keys: CURVE keys for the control plane.
+        insecure: Listen beyond this machine without keys all the same.
     """
 
     listen: Address
@@ -40,6 +42,8 @@ class Config:
     isolation: str = "thread"
     transport_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     workers: int = 2
+    keys: Keys | None = None
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         _one_of("checksum", self.checksum, ("auto", True, False))
@@ -49,6 +53,11 @@ class Config:
             raise InvalidInput(f"workers={self.workers!r}: give 1 to 64 threads")
         if self.listen.is_wildcard and self.advertise is None:
             raise AddressError(str(self.listen), "a wildcard needs advertise='tcp://host:port' that peers can reach")
+        reachable = [a for a in (self.listen, self.advertise) if a is not None and not a.is_loopback]
+        if reachable and self.keys is None and not self.insecure:
+            raise AddressError(
+                str(reachable[0]), "other machines could reach this without keys: pass keys=, or insecure=True"
+            )
         if self.advertise is not None:
             self.advertise.with_port(self.advertise.port or 1).require_reachable()
 

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Iterator
 
 import zmq
+import zmq.utils.z85
 
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.errors import AddressError, MalformedMessage, UnsupportedVersion
 from kvpoll_fsm.messages import MAX_PACKET_NBYTES, Packet, decode, encode
+from kvpoll_fsm.security import Keys
 
 __all__ = ["Control"]
 
@@ -26,11 +28,19 @@ class Control:
 
     Args:
         listen: Where the ROUTER binds; port 0 takes any free one.
+        keys: With keys, only peers whose public key is trusted are spoken to, and all of it is encrypted.
+
+    Attributes:
+        malformed: Packets dropped because they are none of ours.
+        refused: Peers refused because their key is not trusted.
     """
 
-    def __init__(self, listen: Address) -> None:
+    def __init__(self, listen: Address, keys: Keys | None = None) -> None:
         self.listen = listen
         self.malformed = 0
+        self.refused = 0
+        self._keys = keys
+        self._gate: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._router: zmq.Socket[bytes] | None = None
         self._dealers: dict[int, zmq.Socket[bytes]] = {}
@@ -45,6 +55,9 @@ class Control:
         """
         self._context = zmq.Context(io_threads=1)
         self._router = self._socket(zmq.ROUTER, self.listen)
+        if self._keys is not None:
+            self._open_gate()
+            self._keys.protect_listener(self._router)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         port = str(self.listen.port) if self.listen.port else "*"
         try:
@@ -54,7 +67,8 @@ class Control:
             raise AddressError(str(self.listen), f"cannot listen there: {error}") from error
         self._poller.register(self._router, zmq.POLLIN)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        return self.listen.with_port(int(bound.rpartition(":")[2]))
+        public = self._keys.public if self._keys else None
+        return self.listen.with_port(int(bound.rpartition(":")[2])).with_key(public)
 
     def watch(self, fd: int) -> None:
         """Let `wait()` end when `fd` is readable too."""
@@ -70,7 +84,9 @@ class Control:
         if conn in self._dealers:
             return
         dealer = self._socket(zmq.DEALER, address)
-        dealer.connect(str(address))
+        if self._keys is not None and address.key is not None:
+            self._keys.protect_caller(dealer, address.key)
+        dealer.connect(address.place)
         self._poller.register(dealer, zmq.POLLIN)
         self._dealers[conn] = dealer
 
@@ -104,6 +120,7 @@ class Control:
         Malformed ones are counted and logged. One in a version we do not speak comes as its error, so that
         the peer can be told.
         """
+        self._answer_gate()
         if self._router is not None:
             for parts in _arrived(self._router):
                 if len(parts) == 2:
@@ -118,12 +135,45 @@ class Control:
         """Close all sockets; packets handed over are given a moment to leave."""
         for dealer in self._dealers.values():
             dealer.close(linger=200)
-        if self._router is not None:
-            self._router.close(linger=200)
+        for socket in (self._router, self._gate):
+            if socket is not None:
+                socket.close(linger=200)
         if self._context is not None:
             self._context.term()
         self._dealers.clear()
-        self._context = self._router = None
+        self._context = self._router = self._gate = None
+
+    def check_peer(self, address: Address) -> None:
+        """Refuse a peer that could not be spoken to, before anything is sent.
+
+        Raises:
+            AddressError: Only one side has keys, or the peer's key is not trusted.
+        """
+        if self._keys is None and address.key is not None:
+            raise AddressError(address.place, "the endpoint there wants keys: pass keys= and authorized=")
+        if self._keys is not None and (address.key is None or not self._keys.admits(address.key)):
+            raise AddressError(address.place, "its public key is missing or not in the folder of authorized keys")
+
+    def _open_gate(self) -> None:
+        """Answer ZeroMQ's question whom to admit (ZAP, RFC 27). Bound before any peer can come."""
+        if self._context is None:
+            raise AssertionError("start() comes first")
+        self._gate = self._context.socket(zmq.REP)
+        self._gate.bind("inproc://zeromq.zap.01")
+        self._poller.register(self._gate, zmq.POLLIN)
+
+    def _answer_gate(self) -> None:
+        if self._gate is None or self._keys is None:
+            return
+        for question in _arrived(self._gate):
+            version, request = (*question, b"", b"")[:2]
+            public = zmq.utils.z85.encode(question[6]) if len(question) == 7 and len(question[6]) == 32 else b""
+            admitted = self._keys.admits(public)
+            if not admitted:
+                self.refused += 1
+                log.warning("peer refused count=%d key=%s", self.refused, public.decode() or "none")
+            status = [b"200", b"OK"] if admitted else [b"400", b"unknown key"]
+            self._gate.send_multipart([version, request, *status, public, b""])
 
     def _decoded(
         self, conn: int | None, identity: bytes, data: bytes

@@ -69,7 +69,7 @@ class Driver:
         self.views: dict[RoomKey, RoomView] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._timers = Timers(time.monotonic)
-        self._control = Control(config.listen)
+        self._control = Control(config.listen, config.keys)
         self._phase = "running"
         self._owed = self._flush_over = self._closing = False
         self._cause: str | None = None
@@ -93,7 +93,9 @@ class Driver:
             self._close_transports()
             raise
         advertise = self.config.advertise
-        self.address = bound if advertise is None else advertise.with_port(advertise.port or bound.port)
+        if advertise is not None:
+            bound = advertise.with_port(advertise.port or bound.port).with_key(bound.key)
+        self.address = bound
         options = CoreOptions(
             os.urandom(16), self.pool.layout, offers, self.pool.blocks, self.pool.managed, self.config.deadlines
         )
@@ -151,6 +153,14 @@ class Driver:
     def ended(self) -> str | None:
         """Why the driver has ended, or None while it runs."""
         return self._cause
+
+    def check_peer(self, address: Address) -> None:
+        """Refuse a peer that could not be spoken to; from any thread.
+
+        Raises:
+            AddressError: Only one side has keys, or the peer's key is not trusted.
+        """
+        self._control.check_peer(address)
 
     def connect(self, address: Address) -> int:
         """The connection to the endpoint at `address`, opened if there is none. Driver's thread."""

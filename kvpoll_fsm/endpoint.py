@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from kvpoll_fsm.errors import (
 from kvpoll_fsm.handles import Receiver, Room, Sender
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.receiver_session import ReceiverOptions
+from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.spi import Transport
@@ -65,6 +67,9 @@ class Endpoint:
         isolation: str = "thread",
         transport_options: Mapping[str, Mapping[str, Any]] | None = None,
         workers: int = 2,
+        keys: str | Path | None = None,
+        authorized: str | Path | None = None,
+        insecure: bool = False,
     ) -> None:
         """Store the settings; nothing is opened before `start()`.
 
@@ -79,6 +84,10 @@ class Endpoint:
             isolation: "thread": the driver runs in a thread of this process.
             transport_options: Keyword settings by transport name.
             workers: Threads that copy and hash.
+            keys: This endpoint's NAME.key_secret (`kvpoll keygen`): the control plane is then encrypted, and
+                peers without a trusted key are refused.
+            authorized: Folder of the NAME.key files of trusted peers; goes with `keys`.
+            insecure: Listen beyond this machine without keys all the same.
 
         Raises:
             InvalidInput: A setting that cannot work; names it and what it may be.
@@ -96,6 +105,8 @@ class Endpoint:
             isolation=isolation,
             transport_options=transport_options or {},
             workers=workers,
+            keys=_load_keys(keys, authorized),
+            insecure=insecure,
         )
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.Lock()
@@ -231,6 +242,7 @@ class Endpoint:
         address = Address.parse(peer).require_reachable()
         chosen, count = self._grant_size(tokens, resume, blocks, dummy)
         driver, view = self.driver, RoomView(room, rank, tag)
+        driver.check_peer(address)
         handle = Receiver(self, view, manual=resume == "manual")
         self._enter(handle)
 
@@ -381,6 +393,12 @@ def _describe(driver: Driver, key: Any) -> dict[str, Any]:
         "waits_for": "" if session.state.is_terminal else session.awaited(),
         "bytes_done": session.bytes_done,
     }
+
+
+def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:
+    if (keys is None) is not (authorized is None):
+        raise InvalidInput("keys= (our NAME.key_secret) and authorized= (folder of trusted .key files) go together")
+    return None if keys is None or authorized is None else Keys.load(keys, authorized)
 
 
 def _in_range(name: str, value: object, low: int, high: int) -> None:
