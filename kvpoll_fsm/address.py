@@ -43,13 +43,7 @@ class Address:
         host, colon, port = place.rpartition(":")
         if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise AddressError(text, "the port is a number from 0 to 65535")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            raise AddressError(text, "write an IPv6 host in brackets, e.g. tcp://[::1]:0")
-        if not host or any(c.isspace() or c in "/[]@" for c in host):
-            raise AddressError(text, "the host is missing or has odd characters")
-        return cls(host, int(port), key)
+        return cls(_read_host(text, host), int(port), key)
 
     @property
     def is_v6(self) -> bool:
@@ -102,6 +96,21 @@ class Address:
 
 
 _QUERY = "curve="
+
+
+def _read_host(text: str, host: str) -> str:
+    """The host without brackets. ZeroMQ gives some other characters a meaning of their own."""
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            ipaddress.IPv6Address(host[1:-1])
+        except ValueError:
+            raise AddressError(text, "between brackets goes an IPv6 host, e.g. tcp://[::1]:0") from None
+        return host[1:-1]
+    if ":" in host:
+        raise AddressError(text, "write an IPv6 host in brackets, e.g. tcp://[::1]:0")
+    if host != "*" and not (host.isascii() and host.replace("-", "").replace(".", "").replace("_", "").isalnum()):
+        raise AddressError(text, "the host is missing or has odd characters")
+    return host
 
 
 def _read_key(text: str, query: str) -> bytes:

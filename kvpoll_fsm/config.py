@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.errors import AddressError, InvalidInput
+from kvpoll_fsm.registry import HINTS
 from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
 
@@ -31,6 +33,7 @@ class Config:
         workers: Threads that copy and hash.
         keys: CURVE keys for the control plane.
         insecure: Listen beyond this machine without keys all the same.
+        trace: File that the whole trace is appended to; the newest records are kept in memory anyway.
     """
 
     listen: Address
@@ -44,6 +47,7 @@ class Config:
     workers: int = 2
     keys: Keys | None = None
     insecure: bool = False
+    trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("checksum", self.checksum, ("auto", True, False))
@@ -51,6 +55,12 @@ class Config:
         _one_of("isolation", self.isolation, ("thread",))
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers <= 64:
             raise InvalidInput(f"workers={self.workers!r}: give 1 to 64 threads")
+        if not isinstance(self.deadlines, Deadlines):
+            raise InvalidInput(f"deadlines={self.deadlines!r}: give Deadlines(stall_s=..., ...)")
+        for name, options in self.transport_options.items():
+            if name not in {*self.policy.names, *HINTS} or not isinstance(options, Mapping):
+                known = ", ".join(self.policy.names)
+                raise InvalidInput(f"transport_options: {name!r}: {options!r}: give a dict of settings for: {known}")
         if self.listen.is_wildcard and self.advertise is None:
             raise AddressError(str(self.listen), "a wildcard needs advertise='tcp://host:port' that peers can reach")
         reachable = [a for a in (self.listen, self.advertise) if a is not None and not a.is_loopback]

@@ -31,7 +31,9 @@ from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.poll import KVPoll
-from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.receiver_session import ReceiverSession
+from kvpoll_fsm.recorder import Recorder
+from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.spi import Transport
 from kvpoll_fsm.timers import Timers
 from kvpoll_fsm.view import RoomView
@@ -100,6 +102,8 @@ class Driver:
             os.urandom(16), self.pool.layout, offers, self.pool.blocks, self.pool.managed, self.config.deadlines
         )
         self.core = EndpointCore(options)
+        self.recorder = Recorder(options.incarnation, self.config.trace)
+        self.recorder.start()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._workers = ThreadPoolExecutor(self.config.workers, thread_name_prefix="kvpoll-worker")
         self._links = Links(self.transports)
@@ -178,15 +182,20 @@ class Driver:
         session = self.core.sessions.get(key)
         self.core.clear(key)
         view = self.views.pop(key, None)
-        if session is not None and view is not None:
-            view.update(session)
+        if session is not None:
+            self._record(key, session)
+            if view is not None:
+                view.update(session)
 
     def show(self, key: RoomKey) -> None:
         """Bring a room's view up to date. Driver's thread."""
         session, view = self.core.sessions.get(key), self.views.get(key)
         if session is not None and session.quiescent:
             self.outgoing.forget(key)
-        if session is None or view is None:
+        if session is None:
+            return
+        self._record(key, session)
+        if view is None:
             return
         before = view.state
         if session.state is KVPoll.Success and view.data is None:
@@ -223,6 +232,7 @@ class Driver:
             self._timer(timer, epoch)
         self.core.flush()
         self._carry_out()
+        self.recorder.flush()
         if self.core.owes_ack and not self._owed:
             self._owed = True
             self._timers.set("ack", ACK_AFTER_S)
@@ -241,6 +251,7 @@ class Driver:
             if conn is None:
                 self._control.route(self.core.hello(packet), identity)
         elif isinstance(packet, Frame):
+            self._record_messages("in", packet)
             found = self.core.frame(packet)
             if found is None:
                 self._answer_stranger(conn, identity, packet)
@@ -305,6 +316,7 @@ class Driver:
 
     def _effect(self, effect: Effect) -> None:
         if isinstance(effect, Transmit):
+            self._record_messages("out", effect.packet)
             self._control.send(effect.conn, effect.packet)
         elif isinstance(effect, Changed):
             self.show(effect.key)
@@ -404,8 +416,22 @@ class Driver:
             except Exception:  # a host's request must not end the others' rooms
                 log.exception("request failed")
 
+    def _record(self, key: RoomKey, session: Session) -> None:
+        peer = None
+        if isinstance(session, ReceiverSession):
+            connection = self.core.connections.get(session.options.conn)
+            peer = connection.peer if connection else None
+        self.recorder.room(key, session, peer)
+
+    def _record_messages(self, way: str, packet: Packet) -> None:
+        if isinstance(packet, Frame):
+            peer = packet.target if way == "out" else packet.source
+            for message in packet.messages:
+                self.recorder.message(peer, way, message)
+
     def _over(self, key: RoomKey) -> None:
         """A room that was cleared has ended for good."""
+        self.recorder.forget(key)
         self.views.pop(key, None)
         self.outgoing.forget(key)
         self.incoming.forget(key)
@@ -437,6 +463,7 @@ class Driver:
         self._workers.shutdown(wait=True)
         self._close_transports()
         self._control.close()
+        self.recorder.close()
         with self._wake_lock:
             os.close(self._wakeup)
             self._wakeup = -1

@@ -37,6 +37,7 @@ from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.spi import Transport
+from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Endpoint"]
@@ -70,6 +71,7 @@ class Endpoint:
         keys: str | Path | None = None,
         authorized: str | Path | None = None,
         insecure: bool = False,
+        trace: str | Path | None = None,
     ) -> None:
         """Store the settings; nothing is opened before `start()`.
 
@@ -88,6 +90,7 @@ class Endpoint:
                 peers without a trusted key are refused.
             authorized: Folder of the NAME.key files of trusted peers; goes with `keys`.
             insecure: Listen beyond this machine without keys all the same.
+            trace: Append the whole trace to this file (`kvpoll check-trace` reads it).
 
         Raises:
             InvalidInput: A setting that cannot work; names it and what it may be.
@@ -107,6 +110,7 @@ class Endpoint:
             workers=workers,
             keys=_load_keys(keys, authorized),
             insecure=insecure,
+            trace=trace,
         )
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.Lock()
@@ -291,6 +295,10 @@ class Endpoint:
     def dump(self) -> list[dict[str, Any]]:
         """Every room that is not over: side, room, rank, state, the gate it waits at, and bytes done."""
         return self._ask(lambda driver: [_describe(driver, key) for key in driver.core.sessions])
+
+    def trace(self) -> list[Record]:
+        """The newest records of the trace: states, parts and messages, oldest first."""
+        return self._ask(lambda driver: driver.recorder.records())
 
     # Inside
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from kvpoll_fsm.spi import Link, LinkDown, LinkUp, Transport
 
 __all__ = ["Links"]
 
+log = logging.getLogger("kvpoll_fsm")
 Answer = Callable[[bool, str], None]
 
 
@@ -46,8 +48,8 @@ class Links:
                 return answer(False, "the peer does not offer it")
             try:
                 entry = self._connect(conn, offer)
-            except KvpollError as error:
-                return answer(False, str(error))
+            except Exception as error:  # a transport's own code may raise anything
+                return answer(False, str(error) if isinstance(error, KvpollError) else repr(error))
         entry.waiting.append(answer)
 
     def get(self, conn: int, name: str) -> Link | None:
@@ -83,6 +85,9 @@ class Links:
     def _drop(self, place: tuple[int, str], why: str) -> None:
         entry = self._links.pop(place)
         self._numbers.pop((place[1], entry.link.number), None)
-        entry.link.close()
+        try:
+            entry.link.close()
+        except Exception:  # those who wait must be answered all the same
+            log.exception("link of transport %s did not close", place[1])
         for answer in entry.waiting:
             answer(False, why)

@@ -73,6 +73,7 @@ class ReceiverSession(Session):
         self._held: dict[int, HeldPart] = {}
         self._loose: set[int] = set()
         self._job = False
+        self._announced = False
 
     # What the session is asked
 
@@ -125,13 +126,14 @@ class ReceiverSession(Session):
         copy._sender_generation, copy._phase = self._sender_generation, self._phase
         copy._grant, copy._report, copy._sender_gate = self._grant, self._report, self._sender_gate
         copy._held, copy._loose, copy._job = dict(self._held), set(self._loose), self._job
+        copy._announced = self._announced
         return copy
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
         own = (self.ledger.key(), self.part, self._sender_generation, self._phase, self._grant, self._report)
         held = tuple(self._held.values())
-        return (*super().key(), *own, self._sender_gate, held, frozenset(self._loose), self._job)
+        return (*super().key(), *own, self._sender_gate, held, frozenset(self._loose), self._job, self._announced)
 
     # The host and its pool
 
@@ -167,6 +169,7 @@ class ReceiverSession(Session):
         self._apply(Resumed())
 
     def _send_reserve(self, grant: BlockGrant | None) -> None:
+        self._announced = True
         reserve = messages.Reserve(ranks=self.options.ranks, dummy=self.options.dummy, grant=grant, **self._ids())
         self._send(self.options.conn, reserve)
 
@@ -352,6 +355,8 @@ class ReceiverSession(Session):
     # The end
 
     def _tell_failure(self, failure: Failure, event: LifecycleEvent) -> None:
+        if not self._announced:  # an abort of a rank the sender never heard of would be taken for an old one's
+            self._send_reserve(None)
         self._send(self.options.conn, messages.Abort(failure=failure, **self._ids()))
 
     def _on_failed(self) -> None:

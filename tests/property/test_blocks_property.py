@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -110,8 +111,9 @@ class Accounts(RuleBasedStateMachine):
         first = self.pool.first_waiting
         assert first is None or self.waiting[first] > len(self._free()), "stopped although there are blocks"
 
-    @rule(old=leases, new=leases, count=st.integers(1, TOTAL))
-    def relabel(self, old: LeaseId, new: LeaseId, count: int) -> None:
+    @rule(data=st.data(), new=leases, count=st.integers(1, TOTAL))
+    def relabel(self, data: st.DataObject, new: LeaseId, count: int) -> None:
+        old = data.draw(st.sampled_from([*self.pool.leases(), *LEASES]), "old")
         before = self.pool.blocks_of(old)
         held = self._held(old, "leased")
         try:
@@ -187,5 +189,5 @@ class Accounts(RuleBasedStateMachine):
         self.every_block_is_in_one_place()
 
 
-TestAccounts = Accounts.TestCase
-TestAccounts.settings = settings(stateful_step_count=100)
+TestAccounts = pytest.mark.timeout(400)(Accounts.TestCase)  # for shrinking, should it fail
+TestAccounts.settings = settings(max_examples=3 * settings().max_examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -125,4 +126,4 @@ class LossyStream(RuleBasedStateMachine):
         assert [channel.unacked for channel in self.channels] == [[], []]
 
 
-TestLossyStream = LossyStream.TestCase
+TestLossyStream = pytest.mark.timeout(400)(LossyStream.TestCase)  # for shrinking, should it fail

@@ -47,13 +47,14 @@ class MemoryTicket:
         self, sources: Mapping[int, memoryview], host: Host, most: int | None, flips: Sequence[int] = ()
     ) -> str | None:
         """Copy at most so many bytes, all if None; returns why the receiver refuses, if it does."""
+        for write, _ in self._left:
+            problem = host.refusal(self._token, write.region, write.dst_offset, write.nbytes)
+            if problem is not None:
+                return problem
         stop = None if most is None else self.written + most
         while self._left and (stop is None or self.written < stop):
             write, done = self._left[0]
             take = write.nbytes - done if stop is None else min(write.nbytes - done, stop - self.written)
-            problem = host.refusal(self._token, write.region, write.dst_offset, write.nbytes)
-            if problem is not None:
-                return problem
             at = write.dst_offset + done
             host.regions[write.region][at : at + take] = self._bytes(sources, write, done, take, flips)
             self._advance(take)

@@ -1,0 +1,163 @@
+"""The command `kvpoll`.
+
+It needs the extra "cli" (click and rich), which nothing else in the library imports.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from kvpoll_fsm import __version__
+from kvpoll_fsm.demos.plan import DTYPES, LIMITS, RESUMES, Plan, available_nbytes, require_transport
+from kvpoll_fsm.errors import InvalidInput, PolicyError, TransportUnavailable
+from kvpoll_fsm.tables import FORMATS, render
+
+if TYPE_CHECKING:
+    import click
+
+    from kvpoll_fsm.demos.report import Report
+
+__all__ = ["command", "main"]
+
+HINT = "kvpoll: the command line needs click and rich: pip install 'kvpoll-fsm[cli]'"
+
+
+def main() -> None:
+    """Run the command that the arguments name, and exit."""
+    try:
+        import click  # noqa: F401
+        import rich  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        sys.exit(HINT)
+    command().main(prog_name="kvpoll")
+
+
+def command() -> click.Command:
+    """The whole command, as click has it."""
+    import click
+
+    group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
+    group.add_command(_demo_command())
+    group.add_command(_table_command())
+    return click.version_option(__version__, message="kvpoll %(version)s")(group)
+
+
+def _table_command() -> click.Command:
+    import click
+
+    choice = click.Option(
+        ["--format", "format_"],
+        type=click.Choice(list(FORMATS)),
+        default="text",
+        show_default=True,
+        help="What to draw it as.",
+    )
+    return click.Command(
+        "table",
+        params=[choice],
+        callback=lambda format_: click.echo(render(format_)),
+        help="Print the transitions of a room: the very rows that run.",
+    )
+
+
+def _demo_command() -> click.Command:
+    import click
+
+    return click.Command(
+        "demo",
+        params=_demo_options(),
+        callback=_demo,
+        help="Send rooms from one process to others, show every state they go through, compare the bytes.\n\n"
+        "Exit status 0 only if every room ends in Success on all sides with equal bytes, 1 if not.",
+    )
+
+
+def _demo_options() -> list[click.Parameter]:
+    import click
+
+    def number(name: str, default: int, text: str) -> click.Option:
+        kind = click.IntRange(*LIMITS[name.replace("-", "_")])
+        return click.Option([f"--{name}"], type=kind, default=default, show_default=True, help=text)
+
+    def word(name: str, default: str, choices: tuple[str, ...], text: str) -> click.Option:
+        return click.Option(
+            [f"--{name}"], type=click.Choice(choices), default=default, show_default=True, help=text
+        )
+
+    plan = Plan()
+    return [
+        number("tokens", plan.tokens, "Tokens of every room."),
+        number("blocks", plan.blocks, "Blocks of one reservation: what one part can fill."),
+        number("block-tokens", plan.block_tokens, "Tokens per block."),
+        number("hidden", plan.hidden, "Elements of a token's embedding."),
+        word("dtype", plan.dtype, DTYPES, "Of the embeddings."),
+        number("ranks", plan.ranks, "Receiver processes; each gets every room."),
+        number("rooms", plan.rooms, "Rooms, all open at once, numbered from 42."),
+        click.Option(
+            ["--transport"],
+            default=plan.transport,
+            show_default=True,
+            metavar="POLICY",
+            help="tcp, require:tcp, or prefer:a,b with the best first.",
+        ),
+        word("resume", plan.resume, RESUMES, "How receivers make room for the next part."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
+    ]
+
+
+def _demo(as_json: bool, **sizes: Any) -> None:
+    plan = _checked(sizes)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        report = _run(plan, as_json)
+    except KeyboardInterrupt:
+        print("kvpoll: interrupted; the demo's processes have ended", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0 if report.ok else 1)
+
+
+def _run(plan: Plan, as_json: bool) -> Report:
+    from kvpoll_fsm import demo
+
+    if as_json:
+        report = demo.run(plan)
+        print(json.dumps(report.as_json()))
+        return report
+    from rich.console import Console
+
+    from kvpoll_fsm.demos.screen import Screen, print_report
+
+    console = Console(highlight=False)
+    with Screen(console, plan) as screen:
+        report = demo.run(plan, screen)
+    print_report(console, report)
+    return report
+
+
+def _checked(sizes: dict[str, Any]) -> Plan:
+    """The plan, or a usage error that says what is wrong with it."""
+    import click
+
+    try:
+        plan = Plan(**sizes).fitted(available_nbytes())
+        require_transport(plan.transport)
+    except (PolicyError, TransportUnavailable) as error:
+        raise click.BadParameter(str(error), param_hint="--transport") from None
+    except InvalidInput as error:
+        raise click.UsageError(str(error)) from None
+    return plan
+
+
+def _leave(number: int, frame: object) -> None:
+    """A signal that asks us to end: end through all `finally` clauses."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""One endpoint, or several, as a process of its own. Orders come as JSON lines on stdin, answers go to stdout.
+
+Started by `harness.Worker`; run by nothing else. Every order names a method of `Host` below.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, Layout
+from kvpoll_fsm.control import Control
+from kvpoll_fsm.handles import Receiver, Room, Sender
+from kvpoll_fsm.messages import Frame, Packet, decode, encode
+
+LOOK_S = 0.002
+_real_send = Control.send
+_written = threading.Lock()
+
+
+def say(**line: Any) -> None:
+    """One line to the harness. Written with one call, so that a signal handler may speak too."""
+    with _written:
+        os.write(1, json.dumps(line).encode() + b"\n")
+
+
+class Loss:
+    """Loses chosen packets on their way out of one endpoint.
+
+    Attributes:
+        index: Lose the packet of that number (0 upwards) of its class, on the connection of that rank of
+            arrival if `spread`, else on all.
+        hold: From the first frame with this kind of message on, lose every frame that carries messages.
+    """
+
+    def __init__(self) -> None:
+        self.hold = ""
+        self.holding = False
+        self.index: dict[str, int] = {}
+        self.spread = False
+        self.lost: list[str] = []
+        self.kept: list[bytes] = []
+        self.record = False
+        self._counts: dict[tuple[int, str], int] = {}
+        self._order: dict[int, int] = {}
+
+    def loses(self, conn: int, packet: Packet) -> bool:
+        messages = packet.messages if isinstance(packet, Frame) else ()
+        kinds = [type(message).__name__ for message in messages]
+        if self.hold in kinds:
+            self.holding = True
+        if self.holding and kinds:
+            return True
+        group = "bare" if isinstance(packet, Frame) and not kinds else "full"
+        number = self._counts.get((conn, group), 0)
+        self._counts[conn, group] = number + 1
+        wanted = self.index.get(group)
+        if self.spread and wanted is not None:
+            wanted += self._order.setdefault(conn, len(self._order))
+        if number != wanted:
+            return False
+        self.lost.append("+".join(kinds) or type(packet).__name__)
+        return True
+
+
+_losses: dict[Control, Loss] = {}
+
+
+def _lossy_send(self: Control, conn: int, packet: Packet) -> bool:
+    loss = _losses.get(self)
+    if loss is not None and loss.record:
+        loss.kept.append(encode(packet))
+    return False if loss is not None and loss.loses(conn, packet) else _real_send(self, conn, packet)
+
+
+Control.send = _lossy_send  # type: ignore[method-assign]
+
+
+def make_layout(hidden: int, block_tokens: int) -> Layout:
+    fields = [Field("embeddings", "bfloat16", (hidden,)), Field("ids", "int32"), Field("aux", "int64", (16,), True)]
+    return Layout(block_tokens=block_tokens, fields=fields)
+
+
+def make_data(hidden: int, room: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a room carries: the same on both sides, different for every room."""
+    rng = np.random.default_rng([room, tokens])
+    return {
+        "embeddings": rng.integers(0, 1 << 16, (tokens, hidden), dtype=np.uint16),
+        "ids": np.arange(room, room + tokens, dtype=np.int32),
+        "aux": rng.integers(0, 1 << 40, 16, dtype=np.int64),
+    }
+
+
+class Host:
+    """Carries out orders."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, Endpoint] = {}
+        self.rooms: dict[tuple[str, str, int, int], Room] = {}
+        self.losses: dict[str, Loss] = {}
+        self.hidden = 0
+
+    # Endpoints
+
+    def open(
+        self,
+        name: str = "main",
+        hidden: int = 64,
+        block_tokens: int = 16,
+        blocks: int = 64,
+        adopt: bool = False,
+        tcp: dict[str, Any] | None = None,
+        deadlines: dict[str, float] | None = None,
+        loss: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        layout = make_layout(hidden, block_tokens)
+        self.hidden = hidden
+        pool = BlockPool(layout, blocks=blocks) if not adopt else _adopted(layout, blocks)
+        plan = self.losses[name] = Loss()
+        for key, value in (loss or {}).items():
+            setattr(plan, key, value)
+        before = _listening()
+        endpoint = Endpoint(
+            pool=pool,
+            transports="require:tcp",
+            deadlines=Deadlines(**(deadlines or {})),
+            transport_options={"tcp": tcp or {}},
+            **settings,
+        ).start()
+        _losses[endpoint.driver._control] = plan
+        self.endpoints[name] = endpoint
+        data_port = (_listening() - before - {endpoint.address.port}).pop()
+        return {"address": str(endpoint.address), "data_port": data_port}
+
+    def close(self, name: str = "main") -> None:
+        self.endpoints.pop(name).close()
+        for key in [key for key in self.rooms if key[0] == name]:
+            del self.rooms[key]
+        self.losses.pop(name)
+
+    def lose(self, name: str = "main", **plan: Any) -> None:
+        for key, value in plan.items():
+            setattr(self.losses[name], key, value)
+
+    def lost(self, name: str = "main") -> list[str]:
+        return self.losses[name].lost
+
+    def recorded(self, name: str = "main") -> list[str]:
+        return [data.hex() for data in self.losses[name].kept]
+
+    # Rooms
+
+    def sender(self, room: int, ranks: int | None = 1, tokens: int = 0, name: str = "main", **more: Any) -> None:
+        handle = self.endpoints[name].sender(room, required_ranks=ranks, **more)
+        self.rooms[name, "sender", room, 0] = handle
+        if tokens:
+            handle.send(make_data(self.hidden, room, tokens))
+
+    def send(self, room: int, tokens: int, name: str = "main") -> None:
+        handle = self.rooms[name, "sender", room, 0]
+        assert isinstance(handle, Sender)
+        handle.send(make_data(self.hidden, room, tokens))
+
+    def receiver(self, room: int, peer: str, rank: int = 0, name: str = "main", **more: Any) -> None:
+        handle = self.endpoints[name].receiver(room, peer=peer, rank=rank, **more)
+        self.rooms[name, "receiver", room, rank] = handle
+
+    def state(self, side: str, room: int, rank: int = 0, name: str = "main") -> dict[str, Any]:
+        return _describe(self.rooms[name, side, room, rank])
+
+    def states(self) -> list[dict[str, Any]]:
+        return [_describe(handle) for handle in self.rooms.values()]
+
+    def until(
+        self,
+        side: str,
+        room: int,
+        rank: int = 0,
+        name: str = "main",
+        timeout: float = 10.0,
+        gate: str = "",
+        state: str = "",
+        ended: bool = False,
+        quiescent: bool = False,
+        parts: int = 0,
+        nbytes: int = 0,
+    ) -> dict[str, Any]:
+        """Wait until a room is where it is wanted, or has ended elsewhere."""
+        handle = self.rooms[name, side, room, rank]
+
+        def there() -> bool:
+            seen = _describe(handle)
+            here = seen["gate"] == (gate or seen["gate"]) and seen["state"] == (state or seen["state"])
+            far = len(handle.parts) >= parts and handle.bytes_done >= nbytes
+            over = not (ended or quiescent) or (seen["ended"] and (seen["quiescent"] or not quiescent))
+            return here and far and over
+
+        reached = _await(there, timeout)
+        return {**_describe(handle), "reached": reached}
+
+    def data(self, room: int, tokens: int, rank: int = 0, name: str = "main", timeout: float = 10.0) -> bool:
+        """Whether a receiver's result is, to the byte, what the sender had."""
+        handle = self.rooms[name, "receiver", room, rank]
+        assert isinstance(handle, Receiver)
+        got, wanted = handle.result(timeout), make_data(self.hidden, room, tokens)
+        return got.keys() == wanted.keys() and all((got[key] == wanted[key]).all() for key in wanted)
+
+    def clear(self, side: str = "", room: int = -1, rank: int = 0, name: str = "main") -> None:
+        keys = [(name, side, room, rank)] if side else list(self.rooms)
+        for key in keys:
+            self.rooms.pop(key).clear()
+
+    def abort(self, side: str, room: int, rank: int = 0, name: str = "main") -> None:
+        self.rooms[name, side, room, rank].abort("the test said so")
+
+    # What is there
+
+    def load(self, name: str = "main") -> dict[str, int]:
+        load = self.endpoints[name].load()
+        return {field: getattr(load, field) for field in load.__slots__}
+
+    def until_free(self, name: str = "main", timeout: float = 10.0) -> dict[str, int]:
+        """Wait until every block is free."""
+        _await(lambda: self.load(name)["free"] == self.load(name)["total"], timeout)
+        return self.load(name)
+
+    def is_idle(self, name: str = "main") -> bool:
+        return self.endpoints[name].is_idle()
+
+    def dump(self, name: str = "main") -> list[dict[str, Any]]:
+        return self.endpoints[name].dump()
+
+    def counts(self, name: str = "main") -> dict[str, int]:
+        """Everything that could leak: see `_tables`."""
+        gc.collect()
+        endpoint = self.endpoints[name]
+        counts = endpoint.driver.call(lambda: _tables(endpoint)).result(10)
+        counts["fds"] = len(os.listdir("/proc/self/fd"))
+        for thread in threading.enumerate():
+            if not thread.name.startswith("kvpoll-worker"):  # started when first needed, at most as many as wanted
+                kind = "thread " + thread.name.rstrip("0123456789.:").rstrip("-")
+                counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    def until_counts(self, wanted: dict[str, int], name: str = "main", timeout: float = 10.0) -> dict[str, Any]:
+        """Wait until the counts are as wanted; returns those that are not, as [wanted, found]."""
+
+        def differences() -> dict[str, Any]:
+            found = self.counts(name)
+            keys = wanted.keys() | found.keys()
+            return {key: [wanted.get(key, 0), found.get(key, 0)] for key in keys if wanted.get(key) != found.get(key)}
+
+        _await(lambda: not differences(), timeout)
+        return differences()
+
+    def silent_ticks(self, name: str = "main") -> int:
+        """Heartbeats since any peer was heard, the most silent one counting."""
+        endpoint = self.endpoints[name]
+        ask = lambda: max((c.silent_ticks for c in endpoint.driver.core.connections.values()), default=0)  # noqa: E731
+        return endpoint.driver.call(ask).result(10)
+
+    def until_silent(self, ticks: int, name: str = "main", timeout: float = 10.0) -> bool:
+        return _await(lambda: self.silent_ticks(name) >= ticks, timeout)
+
+    def until_connections(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        endpoint = self.endpoints[name]
+        return _await(lambda: len(endpoint.driver.core.connections) == count, timeout)
+
+    def malformed(self, name: str = "main") -> int:
+        return self.endpoints[name].driver._control.malformed
+
+    # Canaries: bytes that nobody may touch
+
+    def canary(self, name: str = "main") -> None:
+        """Fill every block."""
+        for region in self.endpoints[name].pool.regions():
+            region.buffer[:] = b"\xc5" * region.buffer.nbytes
+
+    def canary_lives(self, name: str = "main") -> bool:
+        regions = self.endpoints[name].pool.regions()
+        return all(region.buffer == b"\xc5" * region.buffer.nbytes for region in regions)
+
+    def until_unread(self, timeout: float = 10.0) -> bool:
+        """Wait until no thread of this process reads a data connection any more."""
+        return _await(lambda: not any("tcp-read" in t.name for t in threading.enumerate()), timeout)
+
+    # The end
+
+    def drain_on_sigterm(self, deadline_s: float, name: str = "main") -> None:
+        endpoint = self.endpoints[name]
+
+        def drain(number: int, frame: FrameType | None) -> None:
+            drained = endpoint.drain(deadline_s)
+            say(event="drained", value={"drained": drained, "states": self.states()})
+
+        signal.signal(signal.SIGTERM, drain)
+
+    def drain(self, deadline_s: float, name: str = "main") -> bool:
+        return self.endpoints[name].drain(deadline_s)
+
+    def result_for_ever(self, room: int, rank: int = 0, name: str = "main") -> None:
+        """Wait for a result that does not come; a signal ends it."""
+        handle = self.rooms[name, "receiver", room, rank]
+        assert isinstance(handle, Receiver)
+        say(event="waiting", value=room)
+        handle.result()
+
+
+def _describe(handle: Room) -> dict[str, Any]:
+    failure = handle.failure
+    return {
+        "side": handle.side,
+        "room": handle.room,
+        "rank": handle.rank,
+        "state": str(handle.poll()),
+        "ended": handle.poll().is_terminal,
+        "gate": str(handle.gate),
+        "history": [str(state) for state in handle.history],
+        "parts": [part.tokens for part in handle.parts],
+        "transports": sorted({part.transport for part in handle.parts}),
+        "nbytes": handle.bytes_done,
+        "quiescent": handle.view.quiescent,
+        "code": failure and str(failure.code),
+        "cause_rank": failure and failure.rank,
+        "retryable": failure and failure.retryable,
+        "detail": failure and failure.detail,
+    }
+
+
+def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def _adopted(layout: Layout, blocks: int) -> BlockPool:
+    hidden = layout.fields[0].shape_per_token[0]
+    arrays = {
+        "embeddings": np.zeros((blocks, layout.block_tokens, hidden), np.uint16),
+        "ids": np.zeros((blocks, layout.block_tokens), np.int32),
+        "aux": np.zeros((blocks, 16), np.int64),
+    }
+    return BlockPool.adopt(layout, arrays)
+
+
+def _listening() -> set[int]:
+    """The ports this process listens on."""
+    ports = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            copy = socket.socket(fileno=os.dup(int(number)))
+        except OSError:
+            continue
+        with copy:
+            if copy.family == socket.AF_INET and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                ports.add(copy.getsockname()[1])
+    return ports
+
+
+def _tables(endpoint: Endpoint) -> dict[str, int]:
+    """The size of every table of the endpoint, whatever they are called: what is not in one cannot leak."""
+    driver = endpoint.driver
+    owners: list[Any] = [endpoint, driver, driver.core, driver.core.accounts, driver.outgoing, driver.incoming]
+    owners += [driver._links, driver._control]
+    for transport in driver.transports.values():
+        owners += [transport, *(v for v in vars(transport).values() if type(v).__module__.startswith("kvpoll_"))]
+    counts = {"timers": len(driver._timers)}
+    for owner in owners:
+        names = list(getattr(owner, "__dict__", ())) or list(getattr(owner, "__slots__", ()))
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, (dict, list, set)):
+                counts[f"{type(owner).__name__}.{name}"] = sum(map(_lives, value))
+    return counts
+
+
+def _lives(item: object) -> bool:
+    """What has ended and is only kept until the next of its kind comes does not count."""
+    return not getattr(item, "is_closed", False) and (not isinstance(item, threading.Thread) or item.is_alive())
+
+
+def _serve(host: Host) -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        number, do = order.pop("id"), order.pop("do")
+        if do == "exit":
+            return
+        try:
+            say(id=number, value=getattr(host, do)(**order))
+        except Exception as error:  # told to the harness, which raises it
+            say(id=number, error=f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _serve(Host())

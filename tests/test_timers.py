@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from kvpoll_fsm.timers import Timers
+
+
+class Clock:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make() -> tuple[Timers, Clock]:
+    clock = Clock()
+    return Timers(clock), clock
+
+
+def test_without_timers_nothing_is_due() -> None:
+    timers, _ = make()
+    assert timers.next_in_s() is None
+    assert timers.due() == []
+    assert len(timers) == 0
+
+
+def test_fire_once_and_in_order() -> None:
+    timers, clock = make()
+    timers.set("late", 3.0, epoch=1)
+    timers.set("early", 1.0, epoch=2)
+    timers.set("far", 9.0)
+    assert timers.next_in_s() == 1.0
+    clock.now += 3.0
+    assert timers.next_in_s() == 0.0
+    assert timers.due() == [("early", 2), ("late", 1)]
+    assert timers.due() == []
+    assert timers.next_in_s() == 6.0
+    assert len(timers) == 1
+
+
+def test_equal_times_fire_in_the_order_they_were_set() -> None:
+    timers, clock = make()
+    for name in "cab":
+        timers.set(name, 1.0)
+    clock.now += 1.0
+    assert [name for name, _ in timers.due()] == ["c", "a", "b"]
+
+
+def test_setting_again_replaces() -> None:
+    timers, clock = make()
+    timers.set("x", 1.0, epoch=1)
+    timers.set("x", 5.0, epoch=2)
+    assert len(timers) == 1
+    assert timers.next_in_s() == 5.0
+    clock.now += 1.0
+    assert timers.due() == []
+    clock.now += 4.0
+    assert timers.due() == [("x", 2)]
+
+
+def test_a_cancelled_timer_neither_fires_nor_wakes() -> None:
+    timers, clock = make()
+    timers.set("x", 1.0)
+    timers.set("y", 2.0)
+    timers.cancel("x")
+    timers.cancel("never set")
+    assert timers.next_in_s() == 2.0
+    clock.now += 2.0
+    assert timers.due() == [("y", 0)]
+
+
+def test_may_be_set_again_while_those_due_are_handled() -> None:
+    timers, clock = make()
+    timers.set("tick", 1.0)
+    clock.now += 1.0
+    for name, _ in timers.due():
+        timers.set(name, 1.0)
+    assert timers.next_in_s() == 1.0
+
+
+def test_a_timer_renewed_for_ever_takes_no_more_room() -> None:
+    timers, _ = make()
+    timers.set("other", 50.0)
+    for n in range(10_000):
+        timers.set("gate", 10.0, epoch=n)
+    assert len(timers) == 2
+    assert len(timers._heap) <= 65
+    assert timers.next_in_s() == 10.0
+
+
+def test_cancelled_timers_take_no_room_for_long() -> None:
+    timers, clock = make()
+    for n in range(10_000):
+        timers.set(n, 10.0)
+        timers.cancel(n)
+    clock.now += 10.0
+    assert timers.due() == []
+    assert (len(timers), timers._heap) == (0, [])
