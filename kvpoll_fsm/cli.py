@@ -85,9 +85,7 @@ def _demo_options() -> list[click.Parameter]:
         return click.Option([f"--{name}"], type=kind, default=default, show_default=True, help=text)
 
     def word(name: str, default: str, choices: tuple[str, ...], text: str) -> click.Option:
-        return click.Option(
-            [f"--{name}"], type=click.Choice(choices), default=default, show_default=True, help=text
-        )
+        return click.Option([f"--{name}"], type=click.Choice(choices), default=default, show_default=True, help=text)
 
     plan = Plan()
     return [

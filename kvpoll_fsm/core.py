@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Union
+from dataclasses import dataclass, field
+from typing import Any
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
@@ -61,7 +61,7 @@ class CoreOptions:
     offers: tuple[messages.TransportOffer, ...]
     blocks: int
     managed: bool = True
-    deadlines: Deadlines = Deadlines()
+    deadlines: Deadlines = field(default_factory=Deadlines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Hangup:
     conn: int
 
 
-Effect = Union[Transmit, Do, Changed, Hangup]
+Effect = Transmit | Do | Changed | Hangup
 
 
 class EndpointCore:
@@ -306,6 +306,32 @@ class EndpointCore:
     def owes_ack(self) -> bool:
         """Some acknowledgement waits for company."""
         return bool(self._unflushed)
+
+    def clone(self) -> EndpointCore:
+        """A copy that shares nothing mutable. Only between calls, when nothing waits to be drained."""
+        copy = EndpointCore(self.options)
+        copy.accounts = self.accounts.clone()
+        copy.connections = {number: connection.clone() for number, connection in self.connections.items()}
+        copy.sessions = {key: session.clone() for key, session in self.sessions.items()}
+        copy.ignored = self.ignored
+        copy._open = dict(self._open)
+        copy._rooms_of = {number: dict(rooms) for number, rooms in self._rooms_of.items()}
+        copy._parked = {room: dict(ranks) for room, ranks in self._parked.items()}
+        copy._counters = dict(self._counters)
+        copy._unflushed = dict(self._unflushed)
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state; equal keys behave alike."""
+        return (
+            self.options.incarnation,
+            self.accounts.key(),
+            tuple(connection.key() for connection in self.connections.values()),
+            tuple(session.key() for session in self.sessions.values()),
+            frozenset(self._open.items()),
+            tuple((room, tuple(sorted(ranks.items()))) for room, ranks in sorted(self._parked.items())),
+            self._counters["generation"],
+        )
 
     # Inside: rooms
 

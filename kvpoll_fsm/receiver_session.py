@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import CopyOut, Fence, Grant, HeldPart, Regrant, Release, Verify
@@ -91,11 +91,6 @@ class ReceiverSession(Session):
         if self._phase == "none" and not self.options.dummy:
             return Gate.waiting_resume
         return Gate.moving if self._sender_gate is Gate.moving else Gate.queued
-
-    @property
-    def told_gate(self) -> Gate:
-        """The gate heartbeats speak of."""
-        return self.gate
 
     @property
     def sender_generation(self) -> int:
@@ -197,7 +192,7 @@ class ReceiverSession(Session):
             self._phase = "withdrawing"
             self._send(self.options.conn, messages.Withdraw(part=self.part, **self._ids()))
 
-    def _withdrawn(self, message: messages.Withdrawn) -> None:
+    def _withdrawn(self, conn: int, message: messages.Withdrawn) -> None:
         if self._phase != "withdrawing" or message.part != self.part:
             return
         self._phase = "offered"
@@ -213,7 +208,7 @@ class ReceiverSession(Session):
 
     # What the sender says
 
-    def _opened(self, message: messages.Opened) -> None:
+    def _opened(self, conn: int, message: messages.Opened) -> None:
         if self.state is not KVPoll.Bootstrapping or message.required != self.options.ranks:
             return self._violation(f"Opened for {message.required} ranks, here {self.options.ranks}")
         self._sender_generation = message.sender_generation
@@ -223,7 +218,7 @@ class ReceiverSession(Session):
             self.ledger.learn_total(message.total_tokens)
         self._apply(Bootstrapped())
 
-    def _reported(self, message: messages.PartReport) -> None:
+    def _reported(self, conn: int, message: messages.PartReport) -> None:
         self._keep_grant()
         problem = self._learn_and_check(message)
         if problem or self._grant is None:
@@ -281,7 +276,7 @@ class ReceiverSession(Session):
         self._phase = "acked"
         self._send(self.options.conn, messages.PartAck(part=self.part, failure=failure, **self._ids()))
 
-    def _outcome(self, message: messages.PartOutcome) -> None:
+    def _outcome(self, conn: int, message: messages.PartOutcome) -> None:
         if message.failure is not None:
             event = PartDone(is_last=message.is_last, all_ok=False)
             legal = self.state is not KVPoll.Bootstrapping
@@ -357,7 +352,7 @@ class ReceiverSession(Session):
     def _tell_failure(self, failure: Failure, event: LifecycleEvent) -> None:
         if not self._announced:  # an abort of a rank the sender never heard of would be taken for an old one's
             self._send_reserve(None)
-        self._send(self.options.conn, messages.Abort(failure=failure, **self._ids()))
+        self._send(self.options.conn, messages.Abort(failure=failure, quiescent=False, **self._ids()))
 
     def _on_failed(self) -> None:
         if self._phase == "queued":
@@ -389,7 +384,7 @@ class ReceiverSession(Session):
         if event.part in self._loose:
             self._now_quiescent()
 
-    def _quiesced(self, message: messages.Quiesced) -> None:
+    def _quiesced(self, conn: int, message: messages.Quiesced) -> None:
         if self.state.is_terminal:
             self._now_quiescent()
 
@@ -436,6 +431,7 @@ class ReceiverSession(Session):
             self._regate(renew=True)
 
     def awaited(self) -> str:
+        """What would open the present gate, for people."""
         reasons = {
             Gate.waiting_ranks: "the sender has not opened the room; is it open there, are all ranks here?",
             Gate.waiting_blocks: f"{self.options.blocks} blocks did not come free in this endpoint's pool",
@@ -456,9 +452,9 @@ class ReceiverSession(Session):
         after_end = isinstance(message, (messages.Quiesced, messages.Abort, messages.PartOutcome))
         if not (ours and bound) or (self.state.is_terminal and not after_end):
             return
-        handler(self, message)
+        handler(self, event.conn, message)
 
-    def _on_abort(self, message: messages.Abort) -> None:
+    def _on_abort(self, conn: int, message: messages.Abort) -> None:
         self._peer_failed(message.failure, message.quiescent, None)
 
     def _ids(self) -> dict[str, int]:
@@ -470,7 +466,7 @@ class ReceiverSession(Session):
             "receiver_generation": self.room_key.generation,
         }
 
-    _handlers = {
+    _handlers: ClassVar = {
         inputs.Start: _start,
         inputs.ResumeWith: _resume_with,
         inputs.ReleasePart: _release_part,
@@ -489,11 +485,11 @@ class ReceiverSession(Session):
         inputs.CopiedOut: _copied,
         inputs.Fenced: _fenced,
     }
-    _message_handlers = {
-        messages.Opened: lambda self, message: self._opened(message),
-        messages.PartReport: lambda self, message: self._reported(message),
-        messages.PartOutcome: lambda self, message: self._outcome(message),
-        messages.Withdrawn: lambda self, message: self._withdrawn(message),
-        messages.Abort: lambda self, message: self._on_abort(message),
-        messages.Quiesced: lambda self, message: self._quiesced(message),
+    _message_handlers: ClassVar = {
+        messages.Opened: _opened,
+        messages.PartReport: _reported,
+        messages.PartOutcome: _outcome,
+        messages.Withdrawn: _withdrawn,
+        messages.Abort: _on_abort,
+        messages.Quiesced: _quiesced,
     }

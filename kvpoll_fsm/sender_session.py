@@ -6,7 +6,7 @@ Where the rule for `is_last` acts: `SenderSession._decide`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import CancelPart, Grant, Preflight, Release, StartPart, Target
@@ -248,9 +248,9 @@ class SenderSession(Session):
         if all(slot.dummy for slot in self.slots.values()):
             return self._violation(0, "every rank is a dummy: there is nobody to send to")
         self._apply(Bootstrapped())
+        total, required = self.ledger.total_tokens, len(self.slots)
         for rank, slot in self.slots.items():
-            total = self.ledger.total_tokens
-            self._send(slot.conn, messages.Opened(required=self.required, total_tokens=total, **self._ids(rank)))
+            self._send(slot.conn, messages.Opened(required=required, total_tokens=total, **self._ids(rank)))
         self._try_part()
 
     def _try_resume(self) -> None:
@@ -487,6 +487,7 @@ class SenderSession(Session):
         return any(slot.waits_for_blocks and slot.grant is None for slot in self.slots.values())
 
     def awaited(self) -> str:
+        """What would open the present gate, for people."""
         missing = [str(r) for r in range(self.required or 0) if r not in self.slots]
         late = [str(r) for r, s in self.slots.items() if not s.dummy and not (s.grant and s.reachable)]
         unacked = [str(r) for r, s in self.slots.items() if not s.dummy and not s.poll]
@@ -519,7 +520,7 @@ class SenderSession(Session):
             "receiver_generation": self.slots[rank].generation,
         }
 
-    _handlers = {
+    _handlers: ClassVar = {
         inputs.Start: _start,
         inputs.Supplied: _supplied,
         inputs.AbortRoom: Session._abort,
@@ -536,7 +537,7 @@ class SenderSession(Session):
         inputs.PartWritten: _written,
         inputs.RankQuiesced: _rank_quiesced,
     }
-    _message_handlers = {
+    _message_handlers: ClassVar = {
         messages.Reserve: _reserve,
         messages.Resume: _resume,
         messages.Withdraw: _withdraw,

@@ -110,6 +110,15 @@ class Session:
         raise NotImplementedError
 
     @property
+    def told_gate(self) -> Gate:
+        """The gate heartbeats speak of."""
+        return self.gate
+
+    def clone(self) -> Session:
+        """A copy that shares nothing mutable."""
+        raise NotImplementedError
+
+    @property
     def quiescent(self) -> bool:
         """Terminal, and no write of this room can land or read its source any more."""
         raise NotImplementedError
@@ -125,7 +134,8 @@ class Session:
         Inputs that concern what is over are ignored. What a peer must not do fails the room with
         ProtocolError; nothing is raised for it.
         """
-        self._out = out = []
+        out: list[Command] = []
+        self._out = out
         handler = self._handlers.get(type(event))
         if handler is not None:
             handler(self, event)

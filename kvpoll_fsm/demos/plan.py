@@ -107,9 +107,7 @@ class Plan:
     @property
     def room_nbytes(self) -> int:
         """Bytes of one room's data."""
-        return sum(
-            field.slot_nbytes * (1 if field.per_room else self.tokens) for field in self.layout.fields
-        )
+        return sum(field.slot_nbytes * (1 if field.per_room else self.tokens) for field in self.layout.fields)
 
     @property
     def sender_blocks(self) -> int:

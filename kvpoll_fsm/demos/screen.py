@@ -268,5 +268,3 @@ def _grid(columns: int) -> Table:
     for _ in range(columns):
         grid.add_column(no_wrap=False)
     return grid
-
-

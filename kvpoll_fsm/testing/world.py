@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from kvpoll_fsm import inputs
 from kvpoll_fsm.commands import (
@@ -58,7 +58,7 @@ class Job:
     host: str
     key: RoomKey
     command: Any
-    target: Union[Target, None] = None
+    target: Target | None = None
 
 
 @dataclass
@@ -236,7 +236,7 @@ class World:
             for connection in list(core.connections.values()):
                 if connection.address == delivery.source and isinstance(packet, Welcome):
                     core.welcome(connection.number, packet)
-                elif connection.address == delivery.source:
+                elif connection.address == delivery.source and isinstance(packet, Stranger):
                     core.stranger(connection.number, packet)
 
     def _do(self, host: Host, effect: Do) -> None:
@@ -293,9 +293,7 @@ class World:
             for at in range(command.tokens):
                 peer.memory[peer.slot(target.grant.blocks, at)] = (key.room, command.offset + at)
         detail = "" if landed else "the write failed"
-        return inputs.PartWritten(
-            target.rank, command.part, "memory", landed, detail=detail, attempt=command.attempt
-        )
+        return inputs.PartWritten(target.rank, command.part, "memory", landed, detail=detail, attempt=command.attempt)
 
     def _bad(self, host: Host, key: RoomKey, held: HeldPart) -> bool:
         found = [host.memory.get(host.slot(held.blocks, at)) for at in range(held.tokens)]

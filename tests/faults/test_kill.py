@@ -1,0 +1,213 @@
+"""A process of either side dies without a word, at every gate and in the middle of a part."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.harness import BIG, BIG_PART_NBYTES, FAST, Cluster, Worker
+from tests.faults.proxy import Proxy
+
+GRANT = 32
+"""Tokens of one grant of the small layout: two blocks."""
+LASTING = {**FAST, "stall_s": 20.0}
+"""Nothing but the peer's silence ends a room."""
+
+
+def through(proxy: Proxy, worker: Worker, **settings: object) -> Worker:
+    """Open a receiver whose data port is reached through the proxy."""
+    worker.open(tcp={"advertise": f"127.0.0.1:{proxy.port}"}, **settings)
+    proxy.target = worker.data_port
+    return worker
+
+
+def join(worker: Worker, tx: Worker, room: int, ranks: tuple[int, ...], total: int, tokens: int = GRANT) -> None:
+    for rank in ranks:
+        worker("receiver", room=room, peer=tx.address, rank=rank, ranks=total, tokens=tokens)
+
+
+def transfer(tx: Worker, receivers: dict[Worker, tuple[int, ...]], room: int, tokens: int) -> None:
+    """A room from start to end, as if nothing had ever happened."""
+    total = sum(map(len, receivers.values()))
+    tx("sender", room=room, ranks=total, tokens=tokens)
+    for worker, ranks in receivers.items():
+        join(worker, tx, room, ranks, total, tokens=1024 if tokens > 1000 else GRANT)
+    for worker, ranks in receivers.items():
+        assert all(worker("data", room=room, rank=rank, tokens=tokens) for rank in ranks)
+    assert tx.end_of("sender", room)["state"] == "Success"
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_receiver_killed_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """Rooms at every gate of a sender lose one of their receivers. Pains 1, 2, 3, 8, 11, 14, 25."""
+    tx, near, spare = cluster.start("tx"), cluster.start("near"), cluster.start("spare")
+    far = through(proxy, cluster.start("far"), deadlines=LASTING)
+    tx.open(blocks=4, deadlines=LASTING)
+    near.open(deadlines=LASTING)
+    empty = tx("counts")
+    near_ranks, far_ranks = tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks))
+    gates = {"queued": 11, "waiting_resume": 12, "waiting_outcome": 13, "moving": 14, "waiting_blocks": 15}
+    tx("sender", room=10, ranks=ranks + 1)
+    join(near, tx, 10, near_ranks, ranks + 1)
+    join(far, tx, 10, far_ranks, ranks + 1)
+    for room in gates.values():
+        tx("sender", room=room, ranks=ranks)
+        join(near, tx, room, near_ranks, ranks)
+        join(far, tx, room, far_ranks, ranks)
+    for room in gates.values():
+        tx.until("sender", room, state="WaitingForInput", gate="queued")
+
+    far("lose", hold="Resume")  # the first that is lost holds up all later messages: acknowledgements too
+    tx("send", room=12, tokens=2 * GRANT)
+    tx.until("sender", 12, state="Transferring", gate="waiting_resume")
+    tx("send", room=13, tokens=GRANT)
+    tx.until("sender", 13, gate="waiting_outcome")
+    proxy.hold()
+    tx("send", room=14, tokens=GRANT)
+    tx.until("sender", 14, gate="moving")
+    tx("send", room=15, tokens=GRANT)
+    tx.until("sender", 15, gate="waiting_blocks")
+    far.kill()
+
+    for room in gates.values():
+        end = tx.end_of("sender", room)
+        assert (end["code"], end["retryable"]) == ("PeerLost", True)
+        assert end["cause_rank"] in far_ranks
+        for rank in near_ranks:
+            told = near.end_of("receiver", room, rank)
+            assert (told["code"], told["cause_rank"]) == ("PeerLost", end["cause_rank"])
+    assert tx("state", side="sender", room=10)["state"] == "Bootstrapping"
+
+    spare.open(deadlines=LASTING)
+    join(spare, tx, 10, (*far_ranks, ranks), ranks + 1)  # in time: others take the place of the dead ranks
+    tx("send", room=10, tokens=3 * GRANT)
+    assert all(near("data", room=10, rank=rank, tokens=3 * GRANT) for rank in near_ranks)
+    assert all(spare("data", room=10, rank=rank, tokens=3 * GRANT) for rank in (*far_ranks, ranks))
+    transfer(tx, {near: near_ranks, spare: far_ranks}, 20, 3 * GRANT)
+    for worker in (tx, near, spare):
+        worker("clear")
+        assert worker("until_free")["free"] == worker("load")["total"]
+    near("close")
+    spare("close")
+    assert tx("until_counts", wanted=empty) == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sender_killed_at_every_gate_of_the_receivers(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """Rooms at every gate of the receivers lose their sender; what it left in the network lands nowhere.
+
+    Pains 1, 2, 8, 11, 14.
+    """
+    tx, near, spare = cluster.start("tx"), cluster.start("near"), cluster.start("spare")
+    far = through(proxy, cluster.start("far"), blocks=24, deadlines=LASTING)
+    tx.open(deadlines=LASTING)
+    near.open(blocks=24, deadlines=LASTING)
+    far("open", name="engine", adopt=True, blocks=4, deadlines=LASTING)
+    near_ranks, far_ranks = tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks))
+    places = [(near, rank) for rank in near_ranks] + [(far, rank) for rank in far_ranks]
+    empty = {worker: worker("counts") for worker in (near, far)}
+    for room in (22, 23, 24, 25):
+        tx("sender", room=room, ranks=ranks)
+        join(near, tx, room, near_ranks, ranks)
+        join(far, tx, room, far_ranks, ranks)
+        tx.until("sender", room, gate="queued")
+    join(near, tx, 20, near_ranks, ranks)  # never opened by the sender
+    join(far, tx, 20, far_ranks, ranks)
+    join(near, tx, 21, near_ranks, ranks, tokens=24 * 16)  # more than the pool has left
+    join(far, tx, 21, far_ranks, ranks, tokens=24 * 16)
+    tx("sender", room=26, tokens=2 * GRANT)
+    far("receiver", name="engine", room=26, peer=tx.address, resume="manual", blocks=[2, 0])
+    far.until("receiver", 26, name="engine", gate="waiting_resume")
+
+    tx("lose", hold="PartOutcome")
+    tx("send", room=23, tokens=GRANT)
+    tx("send", room=24, tokens=2 * GRANT)
+    tx.until("sender", 23, state="Success")
+    tx.until("sender", 24, gate="waiting_resume")
+    proxy.hold()
+    tx("send", room=25, tokens=GRANT)
+    gates = {20: "waiting_ranks", 21: "waiting_blocks", 22: "queued", 23: "waiting_outcome", 24: "waiting_outcome"}
+    for worker, rank in places:
+        for room, gate in {**gates, 25: "moving"}.items():
+            worker.until("receiver", room, rank, gate=gate)
+    tx.kill()
+
+    for worker, rank in places:
+        codes = {room: worker.end_of("receiver", room, rank)["code"] for room in (20, 21, 22, 23, 24, 25)}
+        assert codes == {room: "OutcomeUnknown" if room == 23 else "PeerLost" for room in codes}
+    assert far.end_of("receiver", 26, name="engine")["code"] == "PeerLost"
+    for worker in (near, far):
+        assert worker("until_free")["free"] == 24
+        worker("canary")
+    assert far("load", name="engine")["leased"] == 2  # the engine has the part, and has not given it back
+    proxy.release()
+    assert far("until_unread")
+    assert near("until_unread")
+    assert near("canary_lives")
+    assert far("canary_lives")
+
+    spare.open(deadlines=LASTING)
+    transfer(spare, {near: near_ranks, far: far_ranks}, 30, 3 * GRANT)
+    far("clear", name="engine", side="receiver", room=26)
+    assert far("until_free", name="engine")["free"] == 4
+    spare("close")
+    for worker in (near, far):
+        worker("clear")
+        assert worker("until_counts", wanted=empty[worker]) == {}
+
+
+def test_receiver_killed_in_the_middle_of_the_second_part(cluster: Cluster, proxy: Proxy) -> None:
+    """The peer dies with megabytes on their way to it. Pains 1, 2, 11, 14, 15."""
+    tx, rx, spare = cluster.start("tx"), cluster.start("rx"), cluster.start("spare")
+    through(proxy, rx, **BIG, deadlines=LASTING)
+    tx.open(**BIG, deadlines=LASTING)
+    empty = tx("counts")
+    proxy.hold(BIG_PART_NBYTES + (1 << 20))
+    tx("sender", room=1, tokens=2000)
+    rx("receiver", room=1, peer=tx.address, tokens=1024)
+    tx.until("sender", 1, parts=1, gate="moving")
+    assert proxy.wait_held(1 << 20)
+    rx.kill()
+    end = tx.end_of("sender", 1)
+    assert (end["code"], end["parts"]) == ("PeerLost", [1024])
+    assert tx("until_free")["free"] == 16
+    spare.open(**BIG, deadlines=LASTING)
+    transfer(tx, {spare: (0,)}, 1000, 2000)
+    spare("close")
+    tx("clear")
+    assert tx("until_counts", wanted=empty) == {}
+
+
+@pytest.mark.parametrize("kept_by", ["kernel", "network"])
+def test_sender_killed_in_the_middle_of_the_second_part(cluster: Cluster, proxy: Proxy, kept_by: str) -> None:
+    """What a dead sender left in kernel buffers, or in the network, never reaches a block that is free again.
+
+    Pains 1, 2, 11, 14, 15.
+    """
+    tx, rx, spare = cluster.start("tx"), cluster.start("rx"), cluster.start("spare")
+    through(proxy, rx, **BIG, deadlines=LASTING)
+    tx.open(**BIG, deadlines=LASTING)
+    empty = rx("counts")
+    proxy.hold(BIG_PART_NBYTES + (1 << 20))
+    tx("sender", room=1, tokens=2000)
+    rx("receiver", room=1, peer=tx.address, tokens=1024)
+    rx.until("receiver", 1, parts=1, gate="moving")
+    assert proxy.wait_held(4 << 20)
+    if kept_by == "kernel":
+        rx.stop()
+        proxy.release()
+        tx.kill()
+        rx.resume()
+    else:
+        tx.kill()
+    end = rx.end_of("receiver", 1)
+    assert (end["code"], end["parts"]) == ("PeerLost", [1024])
+    assert rx("until_free")["free"] == 16
+    rx("canary")
+    proxy.release()
+    assert rx("until_unread")
+    assert rx("canary_lives")
+    spare.open(**BIG, deadlines=LASTING)
+    transfer(spare, {rx: (0,)}, 1000, 2000)
+    spare("close")
+    rx("clear")
+    assert rx("until_counts", wanted=empty) == {}
