@@ -1,0 +1,99 @@
+"""What must hold in every state of a universe, and in the last one."""
+
+from __future__ import annotations
+
+from kvpoll_fsm.deadlines import Gate
+from kvpoll_fsm.errors import FailureCode
+from kvpoll_fsm.lifecycle import TABLE
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.receiver_session import ReceiverSession
+from kvpoll_fsm.sender_session import SenderSession
+from kvpoll_fsm.session import RoomKey, Session
+from kvpoll_fsm.testing.universe import Cell, Node, Universe
+
+__all__ = ["broken_law", "is_end"]
+
+_MOVES = {(source, dest) for (source, _), dest in TABLE.items()}
+
+
+def broken_law(universe: Universe) -> str:
+    """The first law this state breaks, as a sentence, or nothing."""
+    if universe.violation:
+        return universe.violation
+    for name, key in universe.fresh:
+        problem = _success(universe, universe.nodes[name], key)
+        if problem:
+            return problem
+    for node in universe.nodes.values():
+        problem = _blocks(node)
+        for key, session in node.core.sessions.items():
+            problem = problem or _session(key, session)
+        if problem:
+            return f"{node.name}: {problem}"
+    return "" if universe.progress() or is_end(universe) else "nothing can happen any more, and rooms are live"
+
+
+def is_end(universe: Universe) -> bool:
+    """Every room is over everywhere, nothing is on its way, and no block is held."""
+    quiet = not (universe.opens or universe.lanes or universe.jobs or universe.tickets)
+    return quiet and all(_at_rest(node) for node in universe.nodes.values())
+
+
+def _at_rest(node: Node) -> bool:
+    load = node.core.load()
+    return load.free == load.total and all(session.quiescent for session in node.core.sessions.values())
+
+
+def _blocks(node: Node) -> str:
+    load = node.core.load()
+    if load.free + load.leased + load.quarantined != load.total:
+        return f"blocks lost or doubled: {load}"
+    return ""
+
+
+def _session(key: RoomKey, session: Session) -> str:
+    for before, after in zip(session.history, session.history[1:], strict=False):
+        if (before, after) not in _MOVES:
+            return f"{key}: moved from {before} to {after}"
+    if session.failure is not None and session.failure.code is FailureCode.InternalError:
+        return f"{key}: {session.failure}"
+    if session.gate is not Gate.closed and not session.timed:
+        return f"{key}: waits at {session.gate} without a deadline"
+    return ""
+
+
+def _success(universe: Universe, node: Node, key: RoomKey) -> str:
+    session = node.core.sessions.get(key)
+    if isinstance(session, SenderSession):
+        return _sender_success(universe, node, key, session)
+    if isinstance(session, ReceiverSession):
+        return _receiver_success(universe, node, key, session)
+    return ""
+
+
+def _sender_success(universe: Universe, node: Node, key: RoomKey, session: SenderSession) -> str:
+    """Every required rank that still lives holds every part, whole."""
+    for rank, slot in session.slots.items():
+        receiver = universe.nodes[f"r{rank}"]
+        here = RoomKey("receiver", key.room, rank, slot.generation)
+        if slot.dummy or universe.peers[node.incarnation, slot.conn] != receiver.incarnation:
+            continue
+        if receiver.out.get(here) != _wanted(universe, key):
+            return f"{key}: Success, but rank {rank} holds {receiver.out.get(here)}"
+    return ""
+
+
+def _receiver_success(universe: Universe, node: Node, key: RoomKey, session: ReceiverSession) -> str:
+    peer = universe.peers[node.incarnation, session.options.conn]
+    sender = RoomKey("sender", key.room, 0, session.sender_generation)
+    ended = universe.ends.get((peer, sender))
+    if ended != KVPoll.Success.name:
+        return f"{key}: Success, but its sender is {ended or 'live'}"
+    if not session.options.dummy and node.out.get(key) != _wanted(universe, sender):
+        return f"{key}: Success with wrong bytes: {node.out.get(key)}"
+    return ""
+
+
+def _wanted(universe: Universe, sender: RoomKey) -> tuple[Cell, ...]:
+    parts = universe.scene.parts
+    return tuple(Cell(sender.room, sender.generation, part, part) for part in range(parts))

@@ -1,0 +1,667 @@
+"""A universe of endpoints for the explorer: production cores, and an environment that may do anything.
+
+The cores, with their sessions, channels, selection and block accounts, are the production code. Around them
+everything that can happen is an action: a packet arrives or is lost, a ticket lands, fails, or lands later, a
+copy ends, a deadline passes, a host gives up, crashes, comes back. An action is a plain tuple, so a run is a list
+of tuples that can be printed, kept and replayed.
+
+Memory is modelled per block. A block holds the `Cell` that was last written into it. Writes copy what the source
+block holds when they land, so a source that was used again too early shows in the bytes that arrive.
+Revoking a token stops nothing that is in flight, as with RDMA; only a fence does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from kvpoll_fsm import inputs
+from kvpoll_fsm.commands import (
+    CancelPart,
+    CancelTimer,
+    CopyOut,
+    Expose,
+    Fence,
+    Preflight,
+    Release,
+    SetTimer,
+    StartPart,
+    Target,
+    Verify,
+)
+from kvpoll_fsm.connection import Connection
+from kvpoll_fsm.core import CoreOptions, EndpointCore
+from kvpoll_fsm.deadlines import Deadlines
+from kvpoll_fsm.effects import Changed, Do, Transmit
+from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.lessor import lease_of
+from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
+from kvpoll_fsm.receiver_session import ReceiverOptions
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sender_session import SenderOptions
+from kvpoll_fsm.session import RoomKey
+
+__all__ = ["Action", "Budget", "Cell", "Scene", "Universe"]
+
+Action = tuple[Any, ...]
+SENDER = "s"
+
+
+class Cell(NamedTuple):
+    """What a block holds: the token it carries and whose transfer it belongs to."""
+
+    room: int
+    sender_generation: int
+    part: int
+    token: int
+
+
+class Ticket(NamedTuple):
+    """Writes of one part to one rank.
+
+    Attributes:
+        command: What it carries out, for `target`.
+        source: Incarnation that writes.
+        token: Under which the destination admits it.
+        loose: It has ended for its writer, or its writer is gone, but its bytes may land still.
+        bytes: What it carries if the source is not read any more.
+    """
+
+    key: RoomKey
+    command: StartPart
+    target: Target
+    source: int
+    token: bytes
+    loose: bool = False
+    bytes: tuple[Any, ...] | None = None
+
+
+class Job(NamedTuple):
+    """Work a node was asked to do and has not done."""
+
+    node: str
+    key: RoomKey
+    command: Any
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many faults of each kind one run may have.
+
+    Attributes:
+        lose: Packets lost.
+        repeat: Packets that arrive twice.
+        deadline: Deadlines that pass although something else could happen.
+        abort: Hosts that give a room up.
+        fail: Tickets that fail and can land no more.
+        late: Tickets that fail and may land later.
+        crash: Endpoints that die and start again.
+        reopen: Rooms cleared, live or not, and opened again under their number.
+        part: Connections that one side takes for dead although the other lives.
+    """
+
+    lose: int = 0
+    repeat: int = 0
+    deadline: int = 0
+    abort: int = 0
+    fail: int = 0
+    late: int = 0
+    crash: int = 0
+    reopen: int = 0
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One configuration to explore.
+
+    Attributes:
+        name: For reports.
+        ranks: Receiver ranks, each an endpoint of its own.
+        rooms: Room numbers, opened in this order on the sender and in the reverse order on odd ranks.
+        parts: Parts per room; a part is one token in one block.
+        pool: Blocks of each receiver.
+        source_pool: Blocks of the sender.
+        transports: Those both sides have, best first.
+        resume: "drain" or "extend".
+        dummies: Ranks that hold no data.
+        faults: How many of which kind.
+    """
+
+    name: str
+    ranks: int = 1
+    rooms: tuple[int, ...] = (1,)
+    parts: int = 1
+    pool: int = 1
+    source_pool: int = 1
+    transports: tuple[str, ...] = ("a",)
+    resume: str = "drain"
+    dummies: tuple[int, ...] = ()
+    faults: Budget = field(default_factory=Budget)
+
+
+class Node:
+    """One endpoint of the universe. Copied before it is changed."""
+
+    __slots__ = ("core", "exposed", "incarnation", "memory", "name", "out", "timers")
+
+    def __init__(self, name: str, incarnation: int, core: EndpointCore) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.core = core
+        self.memory: dict[int, Cell] = {}
+        self.out: dict[RoomKey, tuple[Cell | None, ...]] = {}
+        self.exposed: dict[bytes, tuple[RoomKey, int]] = {}
+        self.timers: dict[tuple[RoomKey | None, str], int] = {}
+
+    def clone(self) -> Node:
+        """A copy that shares nothing mutable."""
+        copy = Node(self.name, self.incarnation, self.core.clone())
+        copy.memory, copy.out = dict(self.memory), dict(self.out)
+        copy.exposed, copy.timers = dict(self.exposed), dict(self.timers)
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value."""
+        memory = frozenset(self.memory.items())
+        out = frozenset(self.out.items())
+        return (self.core.key(), memory, out, frozenset(self.exposed.items()), frozenset(self.timers))
+
+
+class Universe:
+    """All endpoints of one scene, and everything that may happen to them.
+
+    Attributes:
+        scene: What is explored.
+        nodes: Endpoints by name; the sending one is "s", receivers are "r0", "r1", ...
+        lanes: Packets on their way, in order, by (incarnation that sent them, name they go to).
+        ends: How each life of a room ended: (incarnation, key) -> state, and coverage for a sender.
+        leases: Who was granted what: token -> (incarnation, key, part, blocks).
+        peers: Who was at the other end: (incarnation, connection) -> incarnation.
+        fresh: Rooms that ended Success in the last step: (node, key).
+        violation: The first broken law, or nothing.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.nodes: dict[str, Node] = {}
+        self.lanes: dict[tuple[int, str], tuple[Packet, ...]] = {}
+        self.jobs: tuple[Job, ...] = ()
+        self.tickets: tuple[Ticket, ...] = ()
+        self.opens: tuple[Action, ...] = ()
+        self.budget = scene.faults
+        self.ends: dict[tuple[int, RoomKey], str] = {}
+        self.leases: dict[bytes, tuple[int, RoomKey, int, tuple[int, ...]]] = {}
+        self.peers: dict[tuple[int, int], int] = {}
+        self.fresh: tuple[tuple[str, RoomKey], ...] = ()
+        self.serial = 0
+        self.violation = ""
+
+    @classmethod
+    def begin(cls, scene: Scene) -> Universe:
+        """The first state: endpoints are up, no room is open."""
+        universe = cls(scene)
+        for name in (SENDER, *(f"r{rank}" for rank in range(scene.ranks))):
+            universe._boot(name)
+        universe.opens = tuple(_openings(scene))
+        return universe
+
+    def clone(self) -> Universe:
+        """A copy; nodes are shared until one is changed."""
+        copy = Universe.__new__(Universe)
+        copy.__dict__.update(self.__dict__)
+        copy.nodes = dict(self.nodes)
+        copy.lanes = dict(self.lanes)
+        copy.ends = dict(self.ends)
+        copy.leases = dict(self.leases)
+        copy.peers = dict(self.peers)
+        copy.fresh = ()
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state."""
+        return (
+            tuple(node.key() for node in self.nodes.values()),
+            tuple(sorted(self.lanes.items(), key=lambda item: item[0])),
+            frozenset(self.jobs),
+            frozenset(self.tickets),
+            self.opens,
+            self.budget,
+            frozenset(self.ends.items()),
+        )
+
+    # What may happen
+
+    def actions(self) -> list[Action]:
+        """Everything that may happen now."""
+        return [*self.progress(), *self._faults()]
+
+    def progress(self) -> list[Action]:
+        """What happens without any fault; where nothing else can, a deadline passes."""
+        found = list(self._progress())
+        return found or [("deadline", *timer) for timer in self._timers("gate")]
+
+    def _progress(self) -> Iterator[Action]:
+        yield from self.opens
+        yield from (("deliver", *lane) for lane in self.lanes)
+        yield from (("do", job) for job in self.jobs)
+        for ticket in self.tickets:
+            if ticket.loose:
+                yield ("quiesce", ticket)
+                continue
+            if self._lands(ticket):
+                yield ("land", ticket)
+            if not self._lands(ticket) or not self._wanted(ticket):
+                yield ("break", ticket)
+        for node in self.nodes.values():
+            yield from (("lost", node.name, conn) for conn in self._dead_connections(node))
+            if self._must_resend(node):
+                yield ("resend", node.name)
+        yield from (("deadline", *timer) for timer in self._timers("withdraw", "quarantine"))
+
+    def _faults(self) -> Iterator[Action]:
+        budget = self.budget
+        for lane in self.lanes:
+            if budget.lose:
+                yield ("lose", *lane)
+            if budget.repeat:
+                yield ("repeat", *lane)
+        for ticket in self.tickets:
+            if ticket.loose and self._lands(ticket):
+                yield ("land", ticket)
+            if budget.fail and not ticket.loose:
+                yield ("fail", ticket)
+            if budget.late and not ticket.loose and self._lands(ticket):
+                yield ("late", ticket)
+        if budget.deadline:
+            yield from (("early", *timer) for timer in self._timers("gate"))
+        for node in self.nodes.values():
+            yield from self._host_faults(node)
+
+    def _host_faults(self, node: Node) -> Iterator[Action]:
+        if self.budget.crash:
+            yield ("crash", node.name)
+        if self.budget.part:
+            yield from (("part", node.name, conn) for conn in node.core.connections)
+        for key, session in node.core.sessions.items():
+            if self.budget.abort and not session.state.is_terminal:
+                yield ("abort", node.name, key)
+            if self.budget.reopen and node.core.is_open(key):
+                yield ("reopen", node.name, key)
+
+    def _timers(self, *names: str) -> Iterator[Action]:
+        for node in self.nodes.values():
+            yield from ((node.name, key, name) for key, name in node.timers if name in names)
+
+    def _lands(self, ticket: Ticket) -> bool:
+        """The destination's memory is still there, and has not fenced this writer."""
+        incarnation = self.leases[ticket.token][0]
+        return any(n.incarnation == incarnation and ticket.token in n.exposed for n in self.nodes.values())
+
+    def _wanted(self, ticket: Ticket) -> bool:
+        session = self.nodes[SENDER].core.sessions.get(ticket.key)
+        return session is not None and not session.state.is_terminal
+
+    def _dead_connections(self, node: Node) -> Iterator[int]:
+        for connection in node.core.connections.values():
+            if connection.peer is not None and not any(_knows(n, connection) for n in self.nodes.values()):
+                yield connection.number
+
+    def _must_resend(self, node: Node) -> bool:
+        if any(source == node.incarnation or dest == node.name for source, dest in self.lanes):
+            return False  # the answer may be on its way
+        return any(c.peer is None or c.channel.unacked for c in node.core.connections.values())
+
+    # Making it happen
+
+    def step(self, action: Action) -> Universe:
+        """The state after `action`. This one is unchanged."""
+        after = self.clone()
+        try:
+            getattr(after, f"_{action[0]}")(*action[1:])
+        except Exception as error:  # an exception that leaves a core is a finding, not a crash of the explorer
+            after.violation = f"{type(error).__name__} escaped: {error}"
+        return after
+
+    def _spend(self, fault: str) -> None:
+        self.budget = replace(self.budget, **{fault: getattr(self.budget, fault) - 1})
+
+    def _open_sender(self, room: int) -> None:
+        self._opened(("open_sender", room))
+        node, scene = self._touch(SENDER), self.scene
+        ranks = scene.ranks
+        options = SenderOptions(ranks, Policy("prefer", scene.transports), scene.transports, 1, 0)
+        key = node.core.open_sender(room, options)
+        self._settle(node)
+        node.core.feed(key, inputs.Supplied(scene.parts, scene.parts, staged=True))
+        self._settle(node)
+
+    def _open_receiver(self, room: int, rank: int) -> None:
+        self._opened(("open_receiver", room, rank))
+        node = self._touch(f"r{rank}")
+        conn = node.core.connect(SENDER)
+        blocks = 0 if rank in self.scene.dummies else 1
+        node.core.open_receiver(room, rank, ReceiverOptions(conn, self.scene.ranks, blocks, 1, self.scene.resume))
+        self._settle(node)
+
+    def _opened(self, action: Action) -> None:
+        at = self.opens.index(action)
+        self.opens = self.opens[:at] + self.opens[at + 1 :]
+
+    def _reopen(self, name: str, key: RoomKey) -> None:
+        self._spend("reopen")
+        node = self._touch(name)
+        node.core.clear(key)
+        self._settle(node)
+        again = ("open_sender", key.room) if key.side == "sender" else ("open_receiver", key.room, key.rank)
+        self.opens = (*self.opens, again)
+
+    def _abort(self, name: str, key: RoomKey) -> None:
+        self._spend("abort")
+        node = self._touch(name)
+        node.core.feed(key, inputs.AbortRoom("aborted"))
+        self._settle(node)
+
+    def _crash(self, name: str) -> None:
+        """The process is gone: its memory, its jobs. What its kernel holds still goes out."""
+        self._spend("crash")
+        old = self.nodes[name].incarnation
+        self.jobs = tuple(job for job in self.jobs if job.node != name)
+        kept = []
+        for ticket in self.tickets:
+            gone = self.leases[ticket.token][0] == old
+            if not gone and ticket.source == old:
+                ticket = ticket._replace(loose=True, bytes=self._read(ticket))
+            if not gone or ticket.source != old:
+                kept.append(ticket)
+        self.tickets = tuple(kept)
+        self._boot(name)
+
+    def _deadline(self, name: str, key: RoomKey | None, timer: str) -> None:
+        node = self._touch(name)
+        epoch = node.timers.pop((key, timer))
+        node.core.timer(key, timer, epoch, host_alive=False)
+        self._settle(node)
+
+    def _early(self, name: str, key: RoomKey, timer: str) -> None:
+        self._spend("deadline")
+        self._deadline(name, key, timer)
+
+    def _part(self, name: str, conn: int) -> None:
+        """This side takes the other for lost, though it lives."""
+        self._spend("part")
+        self._lost(name, conn)
+
+    def _lost(self, name: str, conn: int) -> None:
+        node = self._touch(name)
+        node.core.end(conn, "not heard")
+        self._settle(node)
+
+    # Packets
+
+    def _deliver(self, source: int, dest: str) -> None:
+        packet = self._take(source, dest)
+        self._arrive(source, dest, packet)
+
+    def _lose(self, source: int, dest: str) -> None:
+        self._spend("lose")
+        self._take(source, dest)
+
+    def _repeat(self, source: int, dest: str) -> None:
+        self._spend("repeat")
+        self._arrive(source, dest, self.lanes[source, dest][0])
+
+    def _take(self, source: int, dest: str) -> Packet:
+        first, *rest = self.lanes[source, dest]
+        if rest:
+            self.lanes[source, dest] = tuple(rest)
+        else:
+            del self.lanes[source, dest]
+        return first
+
+    def _arrive(self, source: int, dest: str, packet: Packet) -> None:
+        node = self._touch(dest)
+        if isinstance(packet, Hello):
+            node.core.hello(packet)
+        elif isinstance(packet, Frame):
+            if node.core.frame(packet) is None and packet.outgoing:
+                stranger = Stranger(node.core.options.incarnation, packet.target)
+                self._put(node.incarnation, packet.source, stranger)
+        else:
+            self._answered(node, packet)
+        self._settle(node)
+
+    def _answered(self, node: Node, packet: Packet) -> None:
+        for connection in list(node.core.connections.values()):
+            if connection.outgoing and isinstance(packet, Welcome):
+                node.core.welcome(connection.number, packet)
+            elif connection.outgoing and isinstance(packet, Stranger):
+                node.core.stranger(connection.number, packet)
+
+    def _put(self, source: int, name: bytes, packet: Packet) -> None:
+        """Send to the end of a connection that goes by this name, if it is still there."""
+        for node in self.nodes.values():
+            if any(c.channel.source == name for c in node.core.connections.values()):
+                return self._enqueue(source, node.name, packet)
+
+    def _enqueue(self, source: int, dest: str, packet: Packet) -> None:
+        lane = (source, dest)
+        acks_only = isinstance(packet, Frame) and not packet.messages
+        if acks_only and lane not in self.lanes:
+            self._arrive(source, dest, packet)
+        elif not acks_only:
+            self.lanes[lane] = (*self.lanes.get(lane, ()), packet)
+
+    def _resend(self, name: str) -> None:
+        node = self._touch(name)
+        for _ in range(64):
+            node.core.resend_tick()
+            if any(lane[0] == node.incarnation for lane in self.lanes):
+                return
+            self._settle(node)
+
+    # Work
+
+    def _do(self, job: Job) -> None:
+        self.jobs = tuple(other for other in self.jobs if other is not job)
+        node = self._touch(job.node)
+        command = job.command
+        if isinstance(command, Preflight):
+            node.core.feed(job.key, inputs.Preflighted(command.rank, command.conn, command.transport, ok=True))
+        elif isinstance(command, Fence):
+            self._fence(node, job.key, command.part)
+            node.core.feed(job.key, inputs.Fenced(command.part))
+        elif isinstance(command, CopyOut):
+            self._copy_out(node, job.key, command)
+            node.core.feed(job.key, inputs.CopiedOut(command.parts[-1].part))
+        elif isinstance(command, Verify):
+            node.core.feed(job.key, inputs.Verified(command.held.part))
+        self._settle(node)
+
+    def _fence(self, node: Node, key: RoomKey, part: int) -> None:
+        for token, holder in list(node.exposed.items()):
+            if holder == (key, part):
+                del node.exposed[token]
+
+    def _copy_out(self, node: Node, key: RoomKey, command: CopyOut) -> None:
+        out = list(node.out.get(key, (None,) * command.total_tokens))
+        for held in command.parts:
+            for at in range(held.tokens):
+                out[held.offset + at] = node.memory.get(held.blocks[at])
+        node.out[key] = tuple(out)
+
+    # Tickets
+
+    def _land(self, ticket: Ticket) -> None:
+        """Its bytes arrive. One that is loose may land again: a writer may repeat itself."""
+        incarnation, key, part, blocks = self.leases[ticket.token]
+        node = self._touch(self._by_incarnation(incarnation.to_bytes(16, "big")).name)  # type: ignore[union-attr]
+        lease = lease_of(key, part)
+        if node.core.accounts.blocks_of(lease) != blocks:
+            self.violation = f"a write for {lease} landed in blocks {blocks} which it does not hold any more"
+        for block, cell in zip(blocks, ticket.bytes or self._read(ticket), strict=False):
+            node.memory[block] = cell
+        if not ticket.loose:
+            self._ended(ticket, inputs.PartWritten(**_written(ticket), ok=True))
+
+    def _break(self, ticket: Ticket) -> None:
+        """It ends without having landed: it was cancelled, fenced, or the destination is gone."""
+        self._ended(ticket, inputs.PartWritten(**_written(ticket), ok=False, detail="broken"))
+
+    def _fail(self, ticket: Ticket) -> None:
+        self._spend("fail")
+        self._break(ticket)
+
+    def _late(self, ticket: Ticket) -> None:
+        """It fails, and its bytes may land later."""
+        self._spend("late")
+        loose = ticket._replace(loose=True)
+        self._replace(ticket, loose)
+        node = self._touch(SENDER)
+        failed = inputs.PartWritten(**_written(ticket), ok=False, quiescent=False, source_free=False, detail="late")
+        node.core.feed(ticket.key, failed)
+        self._settle(node)
+
+    def _quiesce(self, ticket: Ticket) -> None:
+        """A loose ticket can land no more; its writer, if it lives, says so."""
+        self._replace(ticket, None)
+        node = self._touch(SENDER)
+        if node.incarnation == ticket.source:
+            node.core.feed(ticket.key, inputs.RankQuiesced(ticket.target.rank, ticket.command.part))
+            self._settle(node)
+
+    def _ended(self, ticket: Ticket, written: inputs.PartWritten) -> None:
+        self._replace(ticket, None)
+        node = self._touch(SENDER)
+        node.core.feed(ticket.key, written)
+        self._settle(node)
+
+    def _replace(self, old: Ticket, new: Ticket | None) -> None:
+        kept = tuple(ticket for ticket in self.tickets if ticket is not old)
+        self.tickets = kept if new is None else (*kept, new)
+
+    def _read(self, ticket: Ticket) -> tuple[Any, ...]:
+        memory = self.nodes[SENDER].memory
+        return tuple(memory.get(block) for block in ticket.command.blocks)
+
+    # Effects of a core
+
+    def _settle(self, node: Node) -> None:
+        for connection in node.core.connections.values():
+            ends = [n for n in self.nodes.values() if _knows(n, connection)]
+            if connection.peer is not None and ends:
+                self.peers[node.incarnation, connection.number] = ends[0].incarnation
+        while True:
+            node.core.flush(ack_now=True)
+            effects = node.core.drain()
+            if not effects:
+                break
+            for effect in effects:
+                if isinstance(effect, Transmit):
+                    self._transmit(node, effect)
+                elif isinstance(effect, Do):
+                    self._command(node, effect.key, effect.command)
+                elif isinstance(effect, Changed):
+                    self._look(node, effect.key)
+
+    def _transmit(self, node: Node, effect: Transmit) -> None:
+        connection = node.core.connections.get(effect.conn)
+        packet = effect.packet
+        if isinstance(packet, Hello):
+            self._enqueue(node.incarnation, SENDER, packet)
+        elif isinstance(packet, Frame) and packet.outgoing:
+            self._enqueue(node.incarnation, SENDER, packet)
+        elif isinstance(packet, Frame):
+            self._put(node.incarnation, packet.target, packet)
+        elif connection is not None and connection.peer is not None:
+            self._put(node.incarnation, connection.peer, packet)
+
+    def _command(self, node: Node, key: RoomKey | None, command: Any) -> None:
+        if isinstance(command, SetTimer):
+            node.timers[key, command.name] = command.epoch
+        elif isinstance(command, CancelTimer):
+            node.timers.pop((key, command.name), None)
+        elif isinstance(command, Expose) and key is not None:
+            self._expose(node, key, command)
+        elif isinstance(command, StartPart) and key is not None:
+            self._start(node, key, command)
+        elif isinstance(command, Release) and key is not None:
+            pass  # revoking the tokens would stop nothing that is in flight
+        elif not isinstance(command, CancelPart) and key is not None:
+            self.jobs = (*self.jobs, Job(node.name, key, command))
+
+    def _expose(self, node: Node, key: RoomKey, command: Expose) -> None:
+        tokens = []
+        for transport in self.scene.transports:
+            self.serial += 1
+            token = self.serial.to_bytes(4, "big")
+            node.exposed[token] = (key, command.part)
+            self.leases[token] = (node.incarnation, key, command.part, command.blocks)
+            tokens.append((transport, token))
+        node.core.feed(key, inputs.Granted(command.part, command.blocks, len(command.blocks), tuple(tokens)))
+
+    def _start(self, node: Node, key: RoomKey, command: StartPart) -> None:
+        if command.attempt == 0:
+            for at, block in enumerate(command.blocks):
+                node.memory[block] = Cell(key.room, key.generation, command.part, command.offset + at)
+        for target in command.targets:
+            token = target.grant.token(target.transport)
+            self.tickets = (*self.tickets, Ticket(key, command, target, node.incarnation, token))
+
+    def _look(self, node: Node, key: RoomKey) -> None:
+        session = node.core.sessions.get(key)
+        if session is None or not session.state.is_terminal or (node.incarnation, key) in self.ends:
+            return
+        self.ends[node.incarnation, key] = session.state.name
+        if session.state is KVPoll.Success:
+            self.fresh = (*self.fresh, (node.name, key))
+
+    # Nodes
+
+    def _boot(self, name: str) -> None:
+        self.serial += 1
+        scene = self.scene
+        incarnation = self.serial
+        layout = Layout(1, [Field("x", "int8")])
+        offers = tuple(TransportOffer(transport, b"") for transport in scene.transports)
+        blocks = scene.source_pool if name == SENDER else scene.pool
+        options = CoreOptions(incarnation.to_bytes(16, "big"), layout, offers, blocks, True, DEADLINES)
+        self.nodes[name] = Node(name, incarnation, EndpointCore(options))
+
+    def _touch(self, name: str) -> Node:
+        node = self.nodes[name] = self.nodes[name].clone()
+        return node
+
+    def _by_incarnation(self, incarnation: bytes | None) -> Node | None:
+        for node in self.nodes.values():
+            if node.core.options.incarnation == incarnation:
+                return node
+        return None
+
+
+DEADLINES = Deadlines()
+
+
+def _written(ticket: Ticket) -> dict[str, Any]:
+    command, target = ticket.command, ticket.target
+    return {
+        "rank": target.rank,
+        "part": command.part,
+        "transport": target.transport,
+        "attempt": command.attempt,
+    }
+
+
+def _knows(node: Node, connection: Connection) -> bool:
+    """Whether this node has the other end of a connection."""
+    ours, theirs = connection.channel.source, connection.channel.target
+    ends = (c.channel for c in node.core.connections.values() if c.outgoing is not connection.outgoing)
+    return any(end.source == theirs and end.target in (None, ours) for end in ends)
+
+
+def _openings(scene: Scene) -> Iterator[Action]:
+    for room in scene.rooms:
+        yield ("open_sender", room)
+        yield from (("open_receiver", room, rank) for rank in range(scene.ranks))
