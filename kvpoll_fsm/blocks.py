@@ -94,9 +94,7 @@ class BlockAccounts:
         self._check_new(lease)
         wanted = tuple(blocks)
         if not wanted or any(not 0 <= block < self.total for block in wanted):
-            raise ForeignBlock(
-                wanted, f"block ids of this pool are 0 to {self.total - 1}, and at least one is needed"
-            )
+            raise ForeignBlock(wanted, f"block ids of this pool are 0 to {self.total - 1}, and at least one is needed")
         if len(set(wanted)) != len(wanted):
             raise ForeignBlock(wanted, "an id is named twice")
         free = set(self._free)

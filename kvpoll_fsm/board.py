@@ -197,9 +197,7 @@ class StatusBoard:
         life = self._lives.get(room)
         newest = self._last_generation if life is None else life.generation
         if not 0 < generation <= newest:
-            raise InvalidInput(
-                f"room {room} has no generation {generation}; pass what open() returned for it"
-            )
+            raise InvalidInput(f"room {room} has no generation {generation}; pass what open() returned for it")
         return life is None or generation < newest
 
     def _life(self, room: int) -> _Life:

@@ -151,8 +151,4 @@ def _nbytes_at_most(message: Message) -> int:
     grant = message.grant if isinstance(message, (Reserve, Resume)) else None
     if grant is None:
         return 8192
-    return (
-        8192
-        + 5 * len(grant.blocks)
-        + sum(4 * len(name) + len(token) for name, token in grant.tokens_by_transport)
-    )
+    return 8192 + 5 * len(grant.blocks) + sum(4 * len(name) + len(token) for name, token in grant.tokens_by_transport)

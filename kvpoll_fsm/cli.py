@@ -5,13 +5,23 @@ It needs the extra "cli" (click and rich), which nothing else in the library imp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvpoll_fsm import __version__
-from kvpoll_fsm.demos.plan import DTYPES, LIMITS, RESUMES, Plan, available_nbytes, require_transport
+from kvpoll_fsm.demos.plan import (
+    DTYPES,
+    FIRST_ROOM,
+    LIMITS,
+    RESUMES,
+    Plan,
+    available_nbytes,
+    require_transport,
+)
 from kvpoll_fsm.errors import InvalidInput, PolicyError, TransportUnavailable
 from kvpoll_fsm.tables import FORMATS, render
 
@@ -80,22 +90,15 @@ def _demo_command() -> click.Command:
 def _demo_options() -> list[click.Parameter]:
     import click
 
-    def number(name: str, default: int, text: str) -> click.Option:
-        kind = click.IntRange(*LIMITS[name.replace("-", "_")])
-        return click.Option([f"--{name}"], type=kind, default=default, show_default=True, help=text)
-
-    def word(name: str, default: str, choices: tuple[str, ...], text: str) -> click.Option:
-        return click.Option([f"--{name}"], type=click.Choice(choices), default=default, show_default=True, help=text)
-
     plan = Plan()
     return [
-        number("tokens", plan.tokens, "Tokens of every room."),
-        number("blocks", plan.blocks, "Blocks of one reservation: what one part can fill."),
-        number("block-tokens", plan.block_tokens, "Tokens per block."),
-        number("hidden", plan.hidden, "Elements of a token's embedding."),
-        word("dtype", plan.dtype, DTYPES, "Of the embeddings."),
-        number("ranks", plan.ranks, "Receiver processes; each gets every room."),
-        number("rooms", plan.rooms, "Rooms, all open at once, numbered from 42."),
+        _number("tokens", plan.tokens, "Tokens of every room."),
+        _number("blocks", plan.blocks, "Blocks of one reservation: what one part can fill."),
+        _number("block-tokens", plan.block_tokens, "Tokens per block."),
+        _number("hidden", plan.hidden, "Elements of a token's embedding."),
+        _word("dtype", plan.dtype, DTYPES, "Of the embeddings."),
+        _number("ranks", plan.ranks, "Receiver processes; each gets every room."),
+        _number("rooms", plan.rooms, f"Rooms, all open at once, numbered from {FIRST_ROOM}."),
         click.Option(
             ["--transport"],
             default=plan.transport,
@@ -103,17 +106,30 @@ def _demo_options() -> list[click.Parameter]:
             metavar="POLICY",
             help="tcp, require:tcp, or prefer:a,b with the best first.",
         ),
-        word("resume", plan.resume, RESUMES, "How receivers make room for the next part."),
+        _word("resume", plan.resume, RESUMES, "How receivers make room for the next part."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
     ]
 
 
+def _number(name: str, default: int, text: str) -> click.Option:
+    import click
+
+    kind = click.IntRange(*LIMITS[name.replace("-", "_")])
+    return click.Option([f"--{name}"], type=kind, default=default, show_default=True, help=text)
+
+
+def _word(name: str, default: str, choices: tuple[str, ...], text: str) -> click.Option:
+    import click
+
+    kind = click.Choice(choices)
+    return click.Option([f"--{name}"], type=kind, default=default, show_default=True, help=text)
+
+
 def _demo(as_json: bool, **sizes: Any) -> None:
     plan = _checked(sizes)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
     try:
-        report = _run(plan, as_json)
+        with _orderly_end():
+            report = _run(plan, as_json)
     except KeyboardInterrupt:
         print("kvpoll: interrupted; the demo's processes have ended", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -152,9 +168,19 @@ def _checked(sizes: dict[str, Any]) -> Plan:
     return plan
 
 
-def _leave(number: int, frame: object) -> None:
-    """A signal that asks us to end: end through all `finally` clauses."""
-    sys.exit(128 + number)
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Let a signal that asks us to end do so through all `finally` clauses, as Ctrl-C does."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,19 @@ from typing import Any
 
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.layout import Field, Layout
-from kvpoll_fsm.messages import PROTOCOL, FieldSpec, Hello, Packet, TransportOffer, Welcome
+from kvpoll_fsm.messages import (
+    PROTOCOL,
+    FieldSpec,
+    Hello,
+    Message,
+    Packet,
+    Reserve,
+    Resume,
+    TransportOffer,
+    Welcome,
+)
 
-__all__ = ["Connection", "introduction"]
+__all__ = ["Connection", "introduction", "name_of", "same_process"]
 
 MAX_RESEND_TICKS = 8
 
@@ -28,6 +38,20 @@ def introduction(incarnation: bytes, layout: Layout, offers: tuple[TransportOffe
         "block_tokens": layout.block_tokens,
         "transports": offers,
     }
+
+
+def name_of(incarnation: bytes, number: int) -> bytes:
+    """The incarnation by which our connection `number` is known to the peer it was opened to.
+
+    Every connection we open starts a channel of its own, though both processes may be the same as before; so
+    it goes by a name of its own. The last 12 bytes stay, the first 4 tell the connections apart.
+    """
+    return (int.from_bytes(incarnation, "big") ^ number << 96).to_bytes(16, "big")
+
+
+def same_process(one: bytes, other: bytes) -> bool:
+    """Whether two incarnations, or names made of them, are of one process."""
+    return one[4:] == other[4:]
 
 
 class Connection:
@@ -88,6 +112,14 @@ class Connection:
     def differences(self, layout: Layout, packet: Hello | Welcome) -> tuple[str, ...]:
         """How the peer's layout differs from ours, or nothing."""
         return layout.differences([Field(f.name, f.dtype, f.shape, f.per_room) for f in packet.fields])
+
+    def problem_of(self, message: Message) -> str:
+        """What is wrong with a message that only knowledge of the peer's blocks shows, or nothing."""
+        grant = message.grant if isinstance(message, (Reserve, Resume)) else None
+        if grant is None or grant.tokens <= len(grant.blocks) * self.block_tokens:
+            return ""
+        blocks = f"{len(grant.blocks)} blocks of {self.block_tokens}"
+        return f"a grant of {grant.tokens} tokens in {blocks} for part {grant.part}"
 
     def resend_tick(self) -> list[Packet]:
         """What to send again: everything unacknowledged if nothing was acknowledged since the last tick.

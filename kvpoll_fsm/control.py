@@ -31,7 +31,7 @@ class Control:
         keys: With keys, only peers whose public key is trusted are spoken to, and all of it is encrypted.
 
     Attributes:
-        malformed: Packets dropped because they are none of ours.
+        malformed: Packets dropped because they are none of ours, or of a version that is not.
         refused: Peers refused because their key is not trusted.
     """
 
@@ -117,8 +117,8 @@ class Control:
     def read(self) -> Iterator[tuple[int | None, bytes, Packet | UnsupportedVersion]]:
         """The packets that have arrived: (outgoing connection or None, ROUTER identity, packet).
 
-        Malformed ones are counted and logged. One in a version we do not speak comes as its error, so that
-        the peer can be told.
+        Malformed ones are counted and logged. One in a version we do not speak comes as its error too, so
+        that the peer can be told.
         """
         self._answer_gate()
         if self._router is not None:
@@ -181,6 +181,7 @@ class Control:
         try:
             yield conn, identity, decode(data)
         except UnsupportedVersion as error:
+            self._drop(str(error))
             yield conn, identity, error
         except MalformedMessage as error:
             self._drop(str(error))

@@ -13,8 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import Any, ClassVar, TypeVar
 
 from kvpoll_fsm import commands, spi
 from kvpoll_fsm.address import Address
@@ -24,9 +24,9 @@ from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
-from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, UnsupportedVersion
+from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, TransportUnavailable, UnsupportedVersion
 from kvpoll_fsm.incoming import Incoming
-from kvpoll_fsm.inputs import Crashed, Input, Preflighted
+from kvpoll_fsm.inputs import AbortRoom, Crashed, Input, Preflighted
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
 from kvpoll_fsm.outgoing import Outgoing
@@ -37,6 +37,7 @@ from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.spi import Transport
 from kvpoll_fsm.timers import Timers
 from kvpoll_fsm.view import RoomView
+from kvpoll_fsm.workers import Workers
 
 __all__ = ["Driver"]
 
@@ -72,11 +73,12 @@ class Driver:
         self._inbox: deque[Callable[[], None]] = deque()
         self._timers = Timers(time.monotonic)
         self._control = Control(config.listen, config.keys)
+        self._workers = Workers(config.workers)
         self._phase = "running"
         self._owed = self._flush_over = self._closing = False
         self._cause: str | None = None
         self._wakeup = -1
-        self._wake_lock = threading.Lock()
+        self._wake_lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._host_seen_s = time.monotonic()
 
     # Start and end
@@ -88,24 +90,27 @@ class Driver:
             AddressError: The listen address cannot be bound.
             TransportUnavailable: A transport cannot work here.
         """
+        incarnation = os.urandom(16)
+        self.recorder = Recorder(incarnation, self.config.trace)
         try:
-            offers = tuple(self._start_transport(name, t) for name, t in self.transports.items())
+            self.recorder.start()
+            offers = self._start_transports()
             bound = self._control.start()
+            self._workers.start()
         except BaseException:
+            self._control.close()
             self._close_transports()
+            self.recorder.close()
             raise
         advertise = self.config.advertise
         if advertise is not None:
             bound = advertise.with_port(advertise.port or bound.port).with_key(bound.key)
         self.address = bound
         options = CoreOptions(
-            os.urandom(16), self.pool.layout, offers, self.pool.blocks, self.pool.managed, self.config.deadlines
+            incarnation, self.pool.layout, offers, self.pool.blocks, self.pool.managed, self.config.deadlines
         )
         self.core = EndpointCore(options)
-        self.recorder = Recorder(options.incarnation, self.config.trace)
-        self.recorder.start()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._workers = ThreadPoolExecutor(self.config.workers, thread_name_prefix="kvpoll-worker")
         self._links = Links(self.transports)
         self.incoming = Incoming(self.pool, self.transports, self._submit, self._feed, self.config.arrays)
         self.outgoing = Outgoing(
@@ -127,10 +132,12 @@ class Driver:
     # What the host asks, from any thread
 
     def post(self, task: Callable[[], None]) -> None:
-        """Run `task` on the driver's thread, soon; ignored once the driver has ended."""
+        """Run `task` on the driver's thread, soon; once that has ended, here and to no effect."""
         self.host_seen = True
         self._inbox.append(task)
         self._wake()
+        if self._cause is not None:  # perhaps it ended just now; nobody else would run the task
+            self.abandon_inbox()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the driver's thread; its result or exception is the future's.
@@ -149,9 +156,12 @@ class Driver:
         if self._cause is not None:
             raise EndpointClosed(self._cause)
         self.post(task)
-        if self.ended is not None:  # it ended meanwhile; nobody else will run the task
-            self.abandon_inbox()
         return future
+
+    @property
+    def closing(self) -> bool:
+        """No new room is taken: it is being closed, or has ended."""
+        return self._phase != "running" or self._cause is not None
 
     @property
     def ended(self) -> str | None:
@@ -179,21 +189,23 @@ class Driver:
 
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle. Driver's thread."""
+        if self._cause is not None:  # the room ended with the driver
+            return
         session = self.core.sessions.get(key)
         self.core.clear(key)
-        view = self.views.pop(key, None)
         if session is not None:
-            self._record(key, session)
-            if view is not None:
-                view.update(session)
+            self._show(key, session)
 
     def show(self, key: RoomKey) -> None:
         """Bring a room's view up to date. Driver's thread."""
-        session, view = self.core.sessions.get(key), self.views.get(key)
-        if session is not None and session.quiescent:
+        session = self.core.sessions.get(key)
+        if session is not None:
+            self._show(key, session)
+
+    def _show(self, key: RoomKey, session: Session) -> None:
+        view = self.views.get(key)
+        if session.quiescent:
             self.outgoing.forget(key)
-        if session is None:
-            return
         self._record(key, session)
         if view is None:
             return
@@ -241,8 +253,10 @@ class Driver:
         if self._inbox:
             return 0.0
         due = self._timers.next_in_s()
-        polled = not self._blind or self.outgoing.idle
-        return due if polled else min(POLL_INTERVAL_S, POLL_INTERVAL_S if due is None else due)
+        awaited = not (self.outgoing.idle and self.incoming.idle and self._links.idle)
+        if not (self._blind and awaited):
+            return due
+        return min(POLL_INTERVAL_S, POLL_INTERVAL_S if due is None else due)
 
     def _packet(self, conn: int | None, identity: bytes, packet: Packet | UnsupportedVersion) -> None:
         if isinstance(packet, UnsupportedVersion):
@@ -251,6 +265,8 @@ class Driver:
             if conn is None:
                 self._control.route(self.core.hello(packet), identity)
         elif isinstance(packet, Frame):
+            if packet.outgoing is not (conn is None):  # only who said Hello comes to our port: this is a replay
+                return
             self._record_messages("in", packet)
             found = self.core.frame(packet)
             if found is None:
@@ -267,7 +283,6 @@ class Driver:
             self._control.reply(identity, Stranger(self.core.options.incarnation, packet.target))
 
     def _version_refused(self, conn: int | None, identity: bytes, error: UnsupportedVersion) -> None:
-        log.warning("peer refused: %s", error)
         if conn is not None:
             self.core.end(conn, str(error), FailureCode.UnsupportedVersion)
         else:
@@ -325,6 +340,7 @@ class Driver:
         elif isinstance(effect, Hangup):
             self._control.hang_up(effect.conn)
             self._links.hang_up(effect.conn)
+            self.outgoing.hang_up(effect.conn)
         elif effect.key is None:
             self._command(None, effect.command)
         else:
@@ -355,7 +371,7 @@ class Driver:
         offer = connection.offers.get(command.transport) if connection else None
         self._links.reach(command.conn, offer, command.transport, answer)
 
-    _ACTIONS: Mapping[type, Callable[[Driver, RoomKey, Any], None]] = {
+    _ACTIONS: ClassVar[Mapping[type, Callable[[Any, RoomKey, Any], None]]] = {
         commands.Preflight: _preflight,
         commands.StartPart: lambda self, key, command: self.outgoing.start(key, command),
         commands.CancelPart: lambda self, key, command: self.outgoing.cancel(key),
@@ -367,6 +383,22 @@ class Driver:
     }
 
     # Inside
+
+    def _start_transports(self) -> tuple[TransportOffer, ...]:
+        """Start those that can work here; the others are left out, if any can."""
+        offers: dict[str, TransportOffer] = {}
+        refusals: list[TransportUnavailable] = []
+        for name, transport in self.transports.items():
+            try:
+                offers[name] = self._start_transport(name, transport)
+            except TransportUnavailable as error:
+                log.warning("transport left out: %s", error)
+                refusals.append(error)
+                transport.close()
+        if not offers:
+            raise refusals[0]
+        self.transports = {name: self.transports[name] for name in offers}
+        return tuple(offers.values())
 
     def _start_transport(self, name: str, transport: Transport) -> TransportOffer:
         transport.start()
@@ -395,13 +427,11 @@ class Driver:
         return not self.transports[transport].capabilities.integrity if wanted == "auto" else bool(wanted)
 
     def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
-        def finished(future: Future[object]) -> None:
-            error = future.exception()
-            result = future.result() if error is None else error
+        def finished(result: object) -> None:
             self._inbox.append(lambda: self._guarded(key, lambda: then(result)))
             self._wake()
 
-        self._workers.submit(work).add_done_callback(finished)
+        self._workers.submit(work, finished)
 
     def _wake(self) -> None:
         with self._wake_lock:
@@ -410,7 +440,10 @@ class Driver:
 
     def _run_inbox(self, count: int) -> None:
         for _ in range(count):
-            task = self._inbox.popleft()
+            try:
+                task = self._inbox.popleft()
+            except IndexError:  # after the end, another thread was faster
+                return
             try:
                 task()
             except Exception:  # a host's request must not end the others' rooms
@@ -432,7 +465,9 @@ class Driver:
     def _over(self, key: RoomKey) -> None:
         """A room that was cleared has ended for good."""
         self.recorder.forget(key)
-        self.views.pop(key, None)
+        view = self.views.pop(key, None)
+        if view is not None:
+            view.settle()
         self.outgoing.forget(key)
         self.incoming.forget(key)
 
@@ -440,6 +475,7 @@ class Driver:
 
     def _begin_close(self) -> None:
         for key in list(self.core.sessions):
+            self.core.feed(key, AbortRoom("the endpoint was closed"))
             self.clear(key)
         self._timers.set("flush", FLUSH_S)
         self._phase = "closing"
@@ -448,7 +484,7 @@ class Driver:
         """Peers have acknowledged everything, or had their time."""
         if self._phase == "running":
             return False
-        if self._phase == "closing" and self.outgoing.idle:
+        if self._phase == "closing" and (self.outgoing.idle or self._flush_over):
             self._phase = "bye"
             self.core.say_bye()
             self.core.flush()
@@ -460,8 +496,10 @@ class Driver:
         for view in list(self.views.values()):
             code = FailureCode.Aborted if cause == "closed" else FailureCode.InternalError
             view.fail(Failure.of(code, cause, state=view.state))
-        self._workers.shutdown(wait=True)
+        self._workers.close()
         self._close_transports()
+        for view in list(self.views.values()):
+            view.settle()
         self._control.close()
         self.recorder.close()
         with self._wake_lock:

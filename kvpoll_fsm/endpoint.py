@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import operator
 import os
 import threading
 import time
@@ -24,13 +26,12 @@ from kvpoll_fsm.errors import (
     EndpointClosed,
     Failure,
     FailureCode,
-    ForeignBlock,
     ForkedError,
     InvalidInput,
     RequestTooLarge,
     TransportUnavailable,
 )
-from kvpoll_fsm.handles import Receiver, Room, Sender
+from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.security import Keys
@@ -42,6 +43,7 @@ from kvpoll_fsm.view import RoomView
 
 __all__ = ["Endpoint"]
 
+log = logging.getLogger("kvpoll_fsm")
 T = TypeVar("T")
 CALL_S = 30.0
 """Longest wait for the driver's answer to a question such as `load()`."""
@@ -113,7 +115,7 @@ class Endpoint:
             trace=trace,
         )
         self._open: dict[tuple[str, int, int], Room] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._draining = False
         self._driver: Driver | None = None
         self._address: Address | None = None
@@ -133,6 +135,8 @@ class Endpoint:
         self._address = driver.start()
         self._driver = driver
         _endpoints.add(self)
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)  # anew: before whatever the transports have registered to close themselves
         return self
 
     def close(self) -> None:
@@ -192,9 +196,9 @@ class Endpoint:
             DuplicateRoom: It is open here and was not cleared; the open one is not affected.
             InvalidInput: A number outside its range.
         """
-        _in_range("room", room, 0, MAX_ROOM)
+        room = _in_range("room", room, 0, MAX_ROOM)
         if required_ranks is not None:
-            _in_range("required_ranks", required_ranks, 1, MAX_RANKS)
+            required_ranks = _in_range("required_ranks", required_ranks, 1, MAX_RANKS)
         driver, view = self.driver, RoomView(room, 0, tag)
         policy = self.config.policy if transports is None else Policy.parse(transports)
         limit = self.pool.capacity_tokens if self.pool.managed else 0
@@ -240,9 +244,9 @@ class Endpoint:
             AddressError: A peer address that cannot be read or reached.
             InvalidInput: Anything else that cannot work.
         """
-        _in_range("room", room, 0, MAX_ROOM)
-        _in_range("ranks", ranks, 1, MAX_RANKS)
-        _in_range("rank", rank, 0, ranks - 1)
+        room = _in_range("room", room, 0, MAX_ROOM)
+        ranks = _in_range("ranks", ranks, 1, MAX_RANKS)
+        rank = _in_range("rank", rank, 0, ranks - 1)
         address = Address.parse(peer).require_reachable()
         chosen, count = self._grant_size(tokens, resume, blocks, dummy)
         driver, view = self.driver, RoomView(room, rank, tag)
@@ -260,7 +264,7 @@ class Endpoint:
             driver.post(lambda: self._opened(view, opening))
             return handle
         try:
-            driver.call(lambda: driver.add_view(opening(), view)).result(CALL_S)
+            driver.call(lambda: self._admit(view, opening)).result(CALL_S)
         except BaseException:
             self.dropped(handle)
             raise
@@ -321,10 +325,17 @@ class Endpoint:
     def _opened(self, view: RoomView, opening: Callable[[], Any]) -> None:
         """Open a room on the driver's thread; what cannot be opened ends Failed."""
         try:
-            self._driver_unchecked().add_view(opening(), view)
+            self._admit(view, opening)
         except Exception as error:  # told to the handle's owner by poll(), as any other failure
             failure = Failure.of(FailureCode.InternalError, f"could not be opened: {error}", state=view.state)
             view.fail(failure)
+            view.settle()
+
+    def _admit(self, view: RoomView, opening: Callable[[], Any]) -> None:
+        driver = self._driver_unchecked()
+        if driver.closing:  # asked for before, but it comes after our Bye
+            raise EndpointClosed(driver.ended or "closed")
+        driver.add_view(opening(), view)
 
     def _driver_unchecked(self) -> Driver:
         if self._driver is None:
@@ -351,14 +362,11 @@ class Endpoint:
         if (blocks is not None) is not (resume == "manual") or (blocks is not None) is self.pool.managed:
             raise InvalidInput("blocks=[...], resume='manual' and a BlockPool.adopt() belong together")
         if blocks is not None:
-            chosen = tuple(blocks)
-            if not chosen or any(not isinstance(b, int) or not 0 <= b < self.pool.blocks for b in chosen):
-                raise ForeignBlock(chosen, f"name at least one block id, each 0 to {self.pool.blocks - 1}")
+            chosen = plain_block_ids(self.pool, blocks, at_least=1)
             return chosen, len(chosen)
         if tokens is None:
             return (), min(8, self.pool.blocks)
-        _in_range("tokens", tokens, 1, MAX_ROOM)
-        count = self.pool.layout.blocks_for(tokens)
+        count = self.pool.layout.blocks_for(_in_range("tokens", tokens, 1, MAX_ROOM))
         if count > min(self.pool.blocks, MAX_BLOCKS_PER_GRANT):
             raise RequestTooLarge(count, min(self.pool.blocks, MAX_BLOCKS_PER_GRANT))
         return (), count
@@ -373,6 +381,8 @@ class Endpoint:
                 refusals.append(error)
         if not loaded:
             raise refusals[0]
+        for refusal in refusals:
+            log.warning("transport left out: %s", refusal)
         return loaded
 
 
@@ -409,9 +419,15 @@ def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys |
     return None if keys is None or authorized is None else Keys.load(keys, authorized)
 
 
-def _in_range(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _in_range(name: str, value: Any, low: int, high: int) -> int:
+    """The value as an integer of Python's own; numpy's could not be sent."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or not low <= number <= high:
         raise InvalidInput(f"{name}={value!r}: give an integer from {low} to {high}")
+    return number
 
 
 def _after_fork_in_child() -> None:
@@ -425,4 +441,3 @@ def _close_all() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_close_all)

@@ -223,9 +223,7 @@ class PolicyError(InvalidInput):
     def __init__(self, policy: str, problem: str) -> None:
         self.policy = policy
         self.problem = problem
-        super().__init__(
-            f"transport policy {policy!r}: {problem}; write 'tcp', 'require:tcp' or 'prefer:shm,tcp'"
-        )
+        super().__init__(f"transport policy {policy!r}: {problem}; write 'tcp', 'require:tcp' or 'prefer:shm,tcp'")
 
 
 class DuplicateRoom(InvalidInput):
@@ -235,9 +233,7 @@ class DuplicateRoom(InvalidInput):
         self.side = side
         self.room = room
         self.rank = rank
-        super().__init__(
-            f"{side} of room {room}, rank {rank} is open already: clear() it before opening it again"
-        )
+        super().__init__(f"{side} of room {room}, rank {rank} is open already: clear() it before opening it again")
 
 
 class UnknownRoom(KvpollError, KeyError):
@@ -318,6 +314,4 @@ class ForkedError(KvpollError):
     def __init__(self, owner_pid: int, pid: int) -> None:
         self.owner_pid = owner_pid
         self.pid = pid
-        super().__init__(
-            f"made in process {owner_pid}, used in forked child {pid}: open an endpoint of its own there"
-        )
+        super().__init__(f"made in process {owner_pid}, used in forked child {pid}: open an endpoint of its own there")

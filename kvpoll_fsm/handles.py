@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvpoll_fsm.arena import BlockPool
@@ -19,6 +20,34 @@ from kvpoll_fsm.staging import Source
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Receiver", "Sender"]
+
+
+def plain_block_ids(pool: BlockPool, given: Iterable[Any], at_least: int = 0) -> tuple[int, ...]:
+    """Block ids as integers of Python's own; engines keep them in arrays.
+
+    Raises:
+        ForeignBlock: Too few, one twice, or what is no id of this pool.
+    """
+    wanted = f"block ids of this pool are 0 to {pool.blocks - 1}, and at least one is needed"
+    try:
+        ids = tuple(map(operator.index, given))
+    except TypeError:
+        raise ForeignBlock((), f"given {given!r}; {wanted}") from None
+    if len(ids) < at_least or any(not 0 <= block < pool.blocks for block in ids):
+        raise ForeignBlock(ids, wanted)
+    if len(set(ids)) != len(ids):
+        raise ForeignBlock(ids, "an id is named twice")
+    return ids
+
+
+def _plain_count(name: str, value: Any) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise InvalidInput(f"{name}={value!r}: give an integer of at least 1")
+    return count
 
 
 class Owner(Protocol):
@@ -109,7 +138,8 @@ class Room:
 
     def abort(self, reason: str = "aborted by the host") -> None:
         """Give the room up. Both sides end Failed; the other is told why."""
-        self._post(lambda key: self._driver.core.feed(key, AbortRoom(reason)))
+        detail = str(reason)  # what is no text could not be sent, and nothing after it either
+        self._post(lambda key: self._driver.core.feed(key, AbortRoom(detail)))
 
     def clear(self) -> None:
         """Drop the room; its number may be used again at once. A live room is aborted.
@@ -176,10 +206,8 @@ class Sender(Room):
         self._require_unsent()
         if self._owner.pool.managed:
             raise InvalidInput("open() is for an engine's own blocks: use BlockPool.adopt(), or call send()")
-        if isinstance(total_tokens, bool) or not isinstance(total_tokens, int) or total_tokens < 1:
-            raise InvalidInput(f"total_tokens={total_tokens!r}: give an integer of at least 1")
+        self._total_tokens = _plain_count("total_tokens", total_tokens)
         self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
-        self._total_tokens = total_tokens
 
     def send_blocks(self, block_ids: Sequence[int], tokens: int) -> None:
         """Send the next `tokens` tokens, which lie in these blocks from the start of the first on.
@@ -189,17 +217,14 @@ class Sender(Room):
 
         Raises:
             InvalidInput: `open()` was not called, or more tokens than it said, or than the blocks hold.
-            ForeignBlock: Ids that the pool does not have.
+            ForeignBlock: Ids that the pool does not have, or one twice.
         """
         if not isinstance(self._source, EngineBlocks):
             raise InvalidInput("call open(total_tokens) before send_blocks()")
-        blocks, pool = tuple(block_ids), self._owner.pool
-        if any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in blocks):
-            raise ForeignBlock(blocks, f"block ids of this pool are 0 to {pool.blocks - 1}")
-        if len(set(blocks)) != len(blocks):
-            raise ForeignBlock(blocks, "an id is named twice")
-        if tokens < 1 or pool.layout.blocks_for(tokens) != len(blocks):
-            needed = pool.layout.blocks_for(max(tokens, 1))
+        pool = self._owner.pool
+        blocks, tokens = plain_block_ids(pool, block_ids), _plain_count("tokens", tokens)
+        needed = pool.layout.blocks_for(tokens)
+        if needed != len(blocks):
             raise InvalidInput(f"{tokens} tokens take {needed} blocks here, {len(blocks)} were given")
         if self._ready_tokens + tokens > self._total_tokens:
             raise InvalidInput(f"{self._ready_tokens + tokens} tokens in a room opened for {self._total_tokens}")
@@ -279,13 +304,11 @@ class Receiver(Room):
 
         Raises:
             InvalidInput: Not resume="manual", or the room does not wait for a resume.
-            ForeignBlock: Ids the pool does not have.
+            ForeignBlock: No ids, one twice, or one the pool does not have.
         """
         if not self._manual:
             raise InvalidInput('resume() is for resume="manual"; this room resumes by itself')
-        chosen, pool = tuple(blocks), self._owner.pool
-        if not chosen or any(not isinstance(block, int) or not 0 <= block < pool.blocks for block in chosen):
-            raise ForeignBlock(chosen, f"name at least one block id, each 0 to {pool.blocks - 1}")
+        chosen = plain_block_ids(self._owner.pool, blocks, at_least=1)
         if self.view.gate is not Gate.waiting_resume:
             raise InvalidInput(f"the room is {self.view.state} at {self.view.gate} and takes no resume now")
         self._post(lambda key: self._driver.core.feed(key, ResumeWith(chosen)))

@@ -48,7 +48,7 @@ class Incoming:
         self._transports = transports
         self._submit = submit
         self._feed = feed
-        self._kind = cast("Kind", arrays)
+        self._kind: Kind = cast("Kind", arrays)
         self._tokens: dict[tuple[RoomKey, int], dict[str, bytes]] = {}
         self._fences: dict[tuple[str, int], tuple[RoomKey, int]] = {}
         self._destinations: dict[RoomKey, Destination] = {}
@@ -57,14 +57,17 @@ class Incoming:
         """Admit writes to the blocks on every transport and feed the grant."""
         lease = LeaseId(key.side, key.room, key.rank, key.generation, command.part)
         ranges = self._ranges(command.blocks, first=command.part == 0)
+        tokens: dict[str, bytes] = {}
+        self._tokens[key, command.part] = tokens
         try:
-            tokens = {name: transport.grant(lease, ranges) for name, transport in self._transports.items()}
-        except KvpollError as error:
-            code = FailureCode.InternalError
-            failure = Failure.of(code, f"grant: {error}", state=KVPoll.Bootstrapping, rank=key.rank)
+            for name, transport in self._transports.items():
+                tokens[name] = transport.grant(lease, ranges)
+        except Exception as error:  # a transport's own code may raise anything
+            self.release(key, command.part)
+            detail = f"grant: {error if isinstance(error, KvpollError) else repr(error)}"
+            failure = Failure.of(FailureCode.InternalError, detail, state=KVPoll.Bootstrapping, rank=key.rank)
             self._feed(key, GrantRefused(command.part, failure))
             return
-        self._tokens[key, command.part] = tokens
         capacity = len(command.blocks) * self._pool.layout.block_tokens
         self._feed(key, Granted(command.part, command.blocks, capacity, tuple(tokens.items())))
 
@@ -116,6 +119,11 @@ class Incoming:
         """The arrays of a room that ended Success, given out once; None where the engine owns the blocks."""
         destination = self._destinations.pop(key, None)
         return destination.arrays() if destination else None
+
+    @property
+    def idle(self) -> bool:
+        """No transport is asked to fence."""
+        return not self._fences
 
     def forget(self, key: RoomKey) -> None:
         """The room is over."""

@@ -44,9 +44,7 @@ class Ledger:
             InvalidInput: It differs from what was said before, or is less than what is covered.
         """
         if total_tokens < 1 or total_tokens < self.covered_tokens:
-            raise InvalidInput(
-                f"a total of {total_tokens} tokens is less than the {self.covered_tokens} covered"
-            )
+            raise InvalidInput(f"a total of {total_tokens} tokens is less than the {self.covered_tokens} covered")
         if self.total_tokens not in (None, total_tokens):
             raise InvalidInput(f"the total was {self.total_tokens} tokens and cannot become {total_tokens}")
         self.total_tokens = total_tokens

@@ -30,6 +30,12 @@ class Links:
         self._transports = transports
         self._links: dict[tuple[int, str], _Entry] = {}
         self._numbers: dict[tuple[str, int], tuple[int, str]] = {}
+        self._connecting: set[tuple[int, str]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """No link is being made."""
+        return not self._connecting
 
     def reach(self, conn: int, offer: TransportOffer | None, name: str, answer: Answer) -> None:
         """Make sure that the peer's data port answers through transport `name`, then call `answer`.
@@ -63,6 +69,7 @@ class Links:
         if place is None:
             return
         entry = self._links[place]
+        self._connecting.discard(place)
         entry.up = isinstance(completion, LinkUp)
         if isinstance(completion, LinkDown):
             return self._drop(place, completion.reason)
@@ -79,11 +86,13 @@ class Links:
         link = self._transports[offer.name].connect(offer.descriptor, offer.regions)
         entry = _Entry(link)
         self._links[conn, offer.name] = entry
+        self._connecting.add((conn, offer.name))
         self._numbers[offer.name, link.number] = (conn, offer.name)
         return entry
 
     def _drop(self, place: tuple[int, str], why: str) -> None:
         entry = self._links.pop(place)
+        self._connecting.discard(place)
         self._numbers.pop((place[1], entry.link.number), None)
         try:
             entry.link.close()

@@ -83,7 +83,7 @@ class _Ticket:
     landed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Writing:
     """The writes of one part to one rank."""
 
@@ -158,6 +158,9 @@ class Outgoing:
             for ticket in writing.tickets:
                 if link is not None:
                     link.cancel(ticket)
+            lane = self._lanes.get((writing.target.conn, writing.target.transport))
+            if lane is not None and writing in lane.queue:
+                self._finish(writing)  # perhaps none of its tickets is out, whose end would report it
 
     def completed(self, transport: str, completion: Done | Failed | Quiesced | TicketProgress) -> None:
         """A ticket ended, moved on, or can land no more."""
@@ -172,6 +175,12 @@ class Outgoing:
             self._quiesced(writing, transport, completion.ticket)
         else:
             self._ended(writing, transport, completion)
+
+    def hang_up(self, conn: int) -> None:
+        """The peer is gone. Its own fence keeps it safe from what may land still, and nobody waits for our word."""
+        for (transport, ticket), writing in list(self._by_ticket.items()):
+            if writing.target.conn == conn and ticket in writing.loose:
+                self._quiesced(writing, transport, ticket)
 
     def room_of(self, transport: str, ticket: int) -> RoomKey | None:
         """The room a ticket belongs to."""
@@ -214,7 +223,10 @@ class Outgoing:
                 self._give_up(writing, f"staging failed: {result!r}")
             elif not writing.failed:
                 writing.checksum = result.checksum if self._hashes(target.transport) else None
-                self._plan(writing, result)
+                try:
+                    self._plan(writing, result)
+                except Exception as error:  # a grant that makes no sense ends this part, which must be reported
+                    self._give_up(writing, f"{type(error).__name__}: {error}")
             if writing.failed:
                 self._finish(writing)
 
@@ -267,8 +279,8 @@ class Outgoing:
         transport = writing.target.transport
         try:
             ticket = link.submit(batch, writing.target.grant.token(transport))
-        except KvpollError as error:
-            self._give_up(writing, str(error))
+        except Exception as error:  # a transport's own code may raise anything; this may be another room's turn
+            self._give_up(writing, str(error) if isinstance(error, KvpollError) else repr(error))
             self._finish(writing)
             return False
         writing.tickets[ticket] = _Ticket(sum(write.nbytes for write in batch))
@@ -289,7 +301,7 @@ class Outgoing:
             writing.source_free = writing.source_free and end.source_free
         else:
             self._advance(writing, ticket, ticket.nbytes)
-        if isinstance(end, Failed) and not end.quiescent:
+        if isinstance(end, Failed) and not end.quiescent and self._peers.get(writing.target.conn) is not None:
             writing.loose.add(end.ticket)
         else:
             del self._by_ticket[transport, end.ticket]

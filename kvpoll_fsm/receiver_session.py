@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import Failure, FailureCode, InvalidInput
 from kvpoll_fsm.events import Bootstrapped, LifecycleEvent, PartDone, Resumed
 from kvpoll_fsm.ledger import Ledger
+from kvpoll_fsm.lifecycle import outcome
 from kvpoll_fsm.messages import BlockGrant
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import ROOM_TIMER, PartRecord, RoomKey, Session
@@ -20,6 +22,8 @@ __all__ = ["ReceiverOptions", "ReceiverSession"]
 QUARANTINE_TIMER = "quarantine"
 _ASKED = ("asked", "queued")
 _MAKING_ROOM = (*_ASKED, "draining")
+_GATES_BEFORE_A_PART = (Gate.waiting_ranks, Gate.waiting_resume, Gate.waiting_blocks)
+"""Where the sender stands while some rank has not granted yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class ReceiverSession(Session):
     """One life of a room at one receiver rank.
 
     The grant for the current part goes through these phases:
-    none -> asked -> (queued ->) offered -> checking -> acked -> none, and offered -> withdrawing -> asked.
+    none -> asked -> (queued ->) offered -> checking -> acked -> none, offered -> withdrawing -> asked, and
+    checking -> rejected, which only a failure follows.
 
     Attributes:
         options: What it was opened with.
@@ -73,6 +78,7 @@ class ReceiverSession(Session):
         self._held: dict[int, HeldPart] = {}
         self._loose: set[int] = set()
         self._job = False
+        self._exact = False
         self._announced = False
 
     # What the session is asked
@@ -86,7 +92,7 @@ class ReceiverSession(Session):
             return Gate.waiting_blocks
         if self.state is KVPoll.Bootstrapping:
             return Gate.waiting_ranks
-        if self._phase in ("checking", "acked"):
+        if self._phase in ("checking", "acked", "rejected"):
             return Gate.waiting_outcome
         if self._phase == "none" and not self.options.dummy:
             return Gate.waiting_resume
@@ -100,8 +106,7 @@ class ReceiverSession(Session):
     @property
     def quiescent(self) -> bool:
         """Terminal, and no write of this room can land in blocks it was granted."""
-        idle = not self._job and not self._loose and self._grant is None
-        return self.state.is_terminal and idle and self._phase not in _ASKED
+        return self.state.is_terminal and not self._job and not self._loose and self._grant is None
 
     @property
     def finished(self) -> bool:
@@ -113,6 +118,20 @@ class ReceiverSession(Session):
         """Committed parts whose blocks this room still holds (`extend`, `manual`)."""
         return tuple(self._held.values())
 
+    def binds(self, conn: int, rank: int, generation: int) -> bool:
+        """Whether this receiver's life of the room, heard through `conn`, and this one belong together."""
+        return (conn, rank, generation) == (self.options.conn, self.room_key.rank, self.room_key.generation)
+
+    def beats(self, conn: int, host_alive: bool) -> Iterator[messages.Beat]:
+        """What a heartbeat through `conn` says of this room."""
+        yield messages.Beat(
+            to_sender=True,
+            **self._ids(),
+            gate=self.told_gate.value,
+            bytes_done=self.bytes_done,
+            host_alive=host_alive,
+        )
+
     def clone(self) -> ReceiverSession:
         """A copy that shares nothing mutable."""
         copy = ReceiverSession(self.room_key, self.deadlines, self.options)
@@ -121,14 +140,15 @@ class ReceiverSession(Session):
         copy._sender_generation, copy._phase = self._sender_generation, self._phase
         copy._grant, copy._report, copy._sender_gate = self._grant, self._report, self._sender_gate
         copy._held, copy._loose, copy._job = dict(self._held), set(self._loose), self._job
-        copy._announced = self._announced
+        copy._exact, copy._announced = self._exact, self._announced
         return copy
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
         own = (self.ledger.key(), self.part, self._sender_generation, self._phase, self._grant, self._report)
         held = tuple(self._held.values())
-        return (*super().key(), *own, self._sender_gate, held, frozenset(self._loose), self._job, self._announced)
+        flags = (self._job, self._exact, self._announced)
+        return (*super().key(), *own, self._sender_gate, held, frozenset(self._loose), flags)
 
     # The host and its pool
 
@@ -140,8 +160,13 @@ class ReceiverSession(Session):
             self._ask(self.options.exact)
 
     def _ask(self, exact: tuple[int, ...] = (), *, or_refuse: bool = False) -> None:
-        self._phase = "asked"
+        self._phase, self._exact = "asked", bool(exact)
         self._do(Grant(self.part, len(exact) or self.options.blocks, exact, or_refuse))
+
+    def _give_up_asking(self) -> None:
+        """No grant is wanted any more; one that is on its way has lost its lease and will be ignored."""
+        self._phase = "none"
+        self._do(Release(self.part))
 
     def _queued(self, event: inputs.GrantQueued) -> None:
         if self._phase == "asked":
@@ -152,9 +177,6 @@ class ReceiverSession(Session):
     def _granted(self, event: inputs.Granted) -> None:
         if self._phase not in _ASKED or event.part != self.part:
             return
-        if self.state.is_terminal:
-            self._phase = "none"
-            return self._do(Release(event.part))
         grant = BlockGrant(event.part, event.tokens, event.blocks, event.tokens_by_transport)
         self._phase, self._grant, self._sender_gate = "offered", grant, Gate.waiting_ranks
         if self.state is KVPoll.Bootstrapping:
@@ -169,14 +191,16 @@ class ReceiverSession(Session):
         self._send(self.options.conn, reserve)
 
     def _refused(self, event: inputs.GrantRefused) -> None:
-        if self._phase != "asked":
+        if self._phase not in _ASKED or event.part != self.part:
             return
-        self._phase = "none"
-        if self.state.is_terminal:
-            return
-        if self.options.resume == "extend" and self._held and event.failure is None:
+        self._give_up_asking()  # blocks that could not be exposed are leased already
+        if event.failure is None and self._drains_instead():
             return self._drain_held()
         self._fail(event.failure or self._cause(FailureCode.PoolExhausted, "no blocks", self._own_rank))
+
+    def _drains_instead(self) -> bool:
+        """Whether blocks are held that must not be held while waiting for more."""
+        return self.options.resume == "extend" and bool(self._held)
 
     def _resume_with(self, event: inputs.ResumeWith) -> None:
         if self.gate is Gate.waiting_resume:
@@ -187,8 +211,9 @@ class ReceiverSession(Session):
             self._do(Release(event.part))
 
     def _revoke(self, event: inputs.RevokeGrant) -> None:
-        unopened = self.state is KVPoll.Bootstrapping or self._sender_gate is Gate.waiting_resume
-        if self._phase == "offered" and unopened and not self.state.is_terminal:
+        """Ask for an unused grant back, unless it is in use for all we know, or the engine chose the blocks."""
+        unused = self.state is KVPoll.Bootstrapping or self._sender_gate in _GATES_BEFORE_A_PART
+        if self._phase == "offered" and unused and not (self._exact or self.state.is_terminal):
             self._phase = "withdrawing"
             self._send(self.options.conn, messages.Withdraw(part=self.part, **self._ids()))
 
@@ -199,7 +224,7 @@ class ReceiverSession(Session):
         if message.ok:
             self._grant = None
             self._do(Release(self.part))
-            self._ask()
+            self._ask(or_refuse=self._drains_instead())
 
     def _keep_grant(self) -> None:
         """The sender uses the grant that was asked back: that answers the Withdraw."""
@@ -209,8 +234,10 @@ class ReceiverSession(Session):
     # What the sender says
 
     def _opened(self, conn: int, message: messages.Opened) -> None:
-        if self.state is not KVPoll.Bootstrapping or message.required != self.options.ranks:
-            return self._violation(f"Opened for {message.required} ranks, here {self.options.ranks}")
+        granted = self.options.dummy or self._phase in ("offered", "withdrawing")
+        if self.state is not KVPoll.Bootstrapping or not granted or message.required != self.options.ranks:
+            here = f"{self.options.ranks} in {self.state}, grant {self._phase}"
+            return self._violation(f"Opened for {message.required} ranks, here {here}")
         self._sender_generation = message.sender_generation
         self._sender_gate = Gate.queued
         self._keep_grant()
@@ -273,7 +300,7 @@ class ReceiverSession(Session):
         self._ack(failure and self._cause(*failure, self._own_rank))
 
     def _ack(self, failure: Failure | None) -> None:
-        self._phase = "acked"
+        self._phase = "acked" if failure is None else "rejected"
         self._send(self.options.conn, messages.PartAck(part=self.part, failure=failure, **self._ids()))
 
     def _outcome(self, conn: int, message: messages.PartOutcome) -> None:
@@ -281,12 +308,14 @@ class ReceiverSession(Session):
             event = PartDone(is_last=message.is_last, all_ok=False)
             legal = self.state is not KVPoll.Bootstrapping
             return self._peer_failed(message.failure, message.quiescent, event if legal else None)
+        if self.state.is_terminal:  # it ended here while the outcome was on its way
+            return None
         if self.options.dummy:
             expected = self.state in (KVPoll.WaitingForInput, KVPoll.Transferring)
         else:
             expected = self._phase == "acked" and self._report is not None
             expected = expected and message.is_last is self._report_is_last()
-        if not expected or message.part != self.part:
+        if not expected or message.part != self.part or message.state is not outcome(message.is_last, (True,)):
             return self._violation(f"an outcome of part {message.part} while part {self.part} is {self._phase}")
         self._commit(message.is_last)
 
@@ -320,7 +349,7 @@ class ReceiverSession(Session):
             self._phase = "asked"
             self._do(Regrant(held.part, self.part, self._wanted(len(held.blocks))))
         elif not is_last and self.options.resume == "extend":
-            self._ask(or_refuse=True)
+            self._ask(or_refuse=self._drains_instead())
 
     def _wanted(self, granted: int) -> int:
         """Blocks the rest of the room needs, at most those granted so far."""
@@ -355,9 +384,8 @@ class ReceiverSession(Session):
         self._send(self.options.conn, messages.Abort(failure=failure, quiescent=False, **self._ids()))
 
     def _on_failed(self) -> None:
-        if self._phase == "queued":
-            self._phase = "none"
-            self._do(Release(self.part))
+        if self._phase in _ASKED:
+            self._give_up_asking()
         if self._phase in ("offered", "withdrawing"):
             self._loose.add(self.part)
             self._do(Fence(self.part, force=False))

@@ -5,6 +5,7 @@ Where the rule for `is_last` acts: `SenderSession._decide`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -140,6 +141,19 @@ class SenderSession(Session):
         slot = self.slots.get(rank)
         return slot is not None and (slot.conn, slot.generation) == (conn, generation)
 
+    def beats(self, conn: int, host_alive: bool) -> Iterator[messages.Beat]:
+        """What a heartbeat through `conn` says of this room, to each rank there."""
+        gate = self.told_gate.value
+        for rank, slot in self.slots.items():
+            if slot.conn == conn:
+                yield messages.Beat(
+                    to_sender=False,
+                    **self._ids(rank),
+                    gate=gate,
+                    bytes_done=self.bytes_done,
+                    host_alive=host_alive,
+                )
+
     def admits(self, conn: int, reserve: messages.Reserve) -> bool:
         """Whether a reservation is for this life of the room, and not for a later one."""
         if self.state.is_terminal or reserve.sender_generation not in (0, self.room_key.generation):
@@ -179,18 +193,35 @@ class SenderSession(Session):
     # Receivers come
 
     def _reserve(self, conn: int, message: messages.Reserve) -> None:
-        if self.required is None:
-            self.required = message.ranks
-        if message.ranks != self.required or message.rank >= self.required:
-            wanted = f"rank {message.rank} of {message.ranks} where {self.required} ranks are required"
-            return self._violation(message.rank, wanted)
+        problem = self._problem_of(conn, message)
+        if problem:
+            if not self.binds(conn, message.rank, message.receiver_generation):
+                self._turn_away(conn, message, problem)
+            return self._violation(message.rank, problem)
         if not self.binds(conn, message.rank, message.receiver_generation):
             self._replaced(message.rank)
             self.slots[message.rank] = RankSlot(conn, message.receiver_generation, message.dummy)
-        slot = self.slots[message.rank]
-        if message.grant is not None and self.state is KVPoll.Bootstrapping:
-            self._take_grant(message.rank, slot, message.grant)
+        if message.grant is not None:
+            self._take_grant(message.rank, self.slots[message.rank], message.grant)
         self._try_bootstrap()
+
+    def _problem_of(self, conn: int, message: messages.Reserve) -> str:
+        """What is wrong with a reservation, or nothing. The first one may tell how many ranks there are."""
+        if self.required is None:
+            self.required = message.ranks
+        if message.ranks != self.required or message.rank >= self.required:
+            return f"rank {message.rank} of {message.ranks} where {self.required} ranks are required"
+        bound = self.binds(conn, message.rank, message.receiver_generation)
+        if bound and (self.state is not KVPoll.Bootstrapping or message.dummy is not self.slots[message.rank].dummy):
+            return f"rank {message.rank} reserved again in {self.state}"
+        return ""
+
+    def _turn_away(self, conn: int, message: messages.Reserve, problem: str) -> None:
+        """Tell a receiver that has no place in the room, and so would not hear of its end."""
+        ids = {"room": message.room, "rank": message.rank, "sender_generation": self.room_key.generation}
+        failure = self._cause(FailureCode.ProtocolError, problem, message.rank)
+        generation = message.receiver_generation
+        self._send(conn, messages.Abort(failure=failure, quiescent=True, receiver_generation=generation, **ids))
 
     def _replaced(self, rank: int) -> None:
         """Tell the life of a rank that a later one takes the place of; nothing was sent to it yet."""
@@ -210,11 +241,12 @@ class SenderSession(Session):
         self._try_resume()
 
     def _take_grant(self, rank: int, slot: RankSlot, grant: BlockGrant) -> None:
-        if grant.part != self.part or slot.dummy:
+        if grant.part != self.part or slot.dummy or slot.grant is not None:
             return self._violation(rank, f"a grant for part {grant.part} while part {self.part} is next")
-        slot.grant = grant
+        slot.grant, slot.waits_for_blocks = grant, False
         offered = self.options.policy.candidates(self.options.transports, grant.transports)
         if slot.reachable and slot.transports[0] in offered:
+            slot.transports = tuple(name for name in slot.transports if name in offered)
             return
         slot.transports, slot.reachable = offered, False
         self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
@@ -334,7 +366,8 @@ class SenderSession(Session):
         slot = self.slots.get(event.rank)
         if slot is None or not slot.writing or (event.part, event.attempt) != (self.part, slot.attempt):
             return
-        slot.writing, slot.landing, slot.reading = False, not event.quiescent, not event.source_free
+        slot.writing = False
+        slot.landing, slot.reading = not (event.ok or event.quiescent), not (event.ok or event.source_free)
         if self.state.is_terminal:
             return self._settle()
         if event.ok:

@@ -6,7 +6,7 @@ randomness in here, and every state is a plain value that `clone()` copies and `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.events import Aborted, DeadlinePassed, LifecycleEvent, PeerLost, ProtocolError
 from kvpoll_fsm.inputs import AbortRoom, ClearRoom, Crashed, Input, TimerFired
 from kvpoll_fsm.lifecycle import Lifecycle
-from kvpoll_fsm.messages import Message
+from kvpoll_fsm.messages import Beat, Message
 from kvpoll_fsm.poll import KVPoll
 
 __all__ = ["PartRecord", "RoomKey", "Session"]
@@ -114,9 +114,22 @@ class Session:
         """The gate heartbeats speak of."""
         return self.gate
 
+    def binds(self, conn: int, rank: int, generation: int) -> bool:
+        """Whether this receiver's life of the room, heard through `conn`, and this one belong together."""
+        raise NotImplementedError
+
+    def beats(self, conn: int, host_alive: bool) -> Iterator[Beat]:
+        """What a heartbeat through `conn` says of this room."""
+        raise NotImplementedError
+
     def clone(self) -> Session:
         """A copy that shares nothing mutable."""
         raise NotImplementedError
+
+    @property
+    def timed(self) -> bool:
+        """A deadline runs for the present gate, and one for the whole room."""
+        return GATE_TIMER in self._armed and ROOM_TIMER in self._armed
 
     @property
     def quiescent(self) -> bool:
@@ -134,13 +147,11 @@ class Session:
         Inputs that concern what is over are ignored. What a peer must not do fails the room with
         ProtocolError; nothing is raised for it.
         """
-        out: list[Command] = []
-        self._out = out
         handler = self._handlers.get(type(event))
         if handler is not None:
-            handler(self, event)
+            handler(self, event)  # what it asked for before it raised is returned by the next feed()
         self._regate()
-        self._out = []
+        out, self._out = self._out, []
         return out
 
     def key(self) -> tuple[Any, ...]:
@@ -150,6 +161,7 @@ class Session:
             self._lifecycle.key(),
             self.failure and self.failure.code,
             self._cleared,
+            self.bytes_done,
             frozenset(self._armed),
         )
 

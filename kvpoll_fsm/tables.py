@@ -142,9 +142,7 @@ def _lines() -> list[_Line]:
         event, dest = type(row.event).__name__, row.dest.name
         is_last, all_ok = (_word(getattr(row.event, flag, None)) for flag in ("is_last", "all_ok"))
         sources = [source.name for source in row.sources]
-        line = lines.setdefault(
-            (row.sources, event, all_ok, dest), _Line(sources, event, is_last, all_ok, dest)
-        )
+        line = lines.setdefault((row.sources, event, all_ok, dest), _Line(sources, event, is_last, all_ok, dest))
         if line.is_last != is_last:
             line.is_last = "any"
     return list(lines.values())

@@ -29,13 +29,12 @@ class Timers:
         self._serial += 1
         self._current[name] = (self._serial, epoch)
         heapq.heappush(self._heap, (self._clock() + after_s, self._serial, name))
-        if len(self._heap) > 64 and len(self._heap) > 4 * len(self._current):
-            self._heap = [entry for entry in self._heap if self._live(entry)]
-            heapq.heapify(self._heap)
+        self._shrink()
 
     def cancel(self, name: Hashable) -> None:
         """Forget a timer; unknown ones are ignored."""
         self._current.pop(name, None)
+        self._shrink()
 
     def next_in_s(self) -> float | None:
         """Seconds until the next timer is due (0 if one is), or None without timers."""
@@ -52,6 +51,11 @@ class Timers:
             if self._live(entry):
                 fired.append((entry[2], self._current.pop(entry[2])[1]))
         return fired
+
+    def _shrink(self) -> None:
+        if len(self._heap) > 64 and len(self._heap) > 4 * len(self._current):
+            self._heap = [entry for entry in self._heap if self._live(entry)]
+            heapq.heapify(self._heap)
 
     def _live(self, entry: tuple[float, int, Hashable]) -> bool:
         current = self._current.get(entry[2])

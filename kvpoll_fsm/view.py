@@ -71,8 +71,12 @@ class RoomView:
             self.failure = failure
             self.history = (*self.history, KVPoll.Failed)
             self.gate = Gate.closed
-            self.quiescent = True
             self.show(KVPoll.Failed)
+
+    def settle(self) -> None:
+        """No write can land or read its source any more, and nothing will happen to the room again."""
+        self.quiescent = True
+        self.show(self.state, wake=True)
 
     def show(self, state: KVPoll, *, wake: bool = False) -> None:
         """Set the state, and wake those who wait for it."""

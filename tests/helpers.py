@@ -118,6 +118,12 @@ def transfer(tx: Endpoint, rx: Endpoint, room: int, tokens: int = 100, **receive
     assert sender.wait_quiescent(SOON_S)
     sender.clear()
     receiving.clear()
+    until(lambda: forgotten(tx, room) and forgotten(rx, room), f"room {room} is forgotten")
+
+
+def forgotten(endpoint: Endpoint, room: int) -> bool:
+    """Nothing is left of a room."""
+    return all(key.room != room for key in list(endpoint.driver.core.sessions))
 
 
 def until(condition: Callable[[], object], what: str = "", within_s: float = SOON_S) -> None:
@@ -138,6 +144,12 @@ def failed(handle: Room) -> Failure:
 def deadlines(**seconds: float) -> Deadlines:
     """`BRISK`, but for these."""
     return replace(BRISK, **seconds)
+
+
+def parked(endpoint: Endpoint) -> int:
+    """Reservations at this endpoint that wait for a sender to open their room."""
+    core = endpoint.driver.core
+    return len(core.parking if hasattr(core, "parking") else core._parked)
 
 
 def on_driver(endpoint: Endpoint, function: Callable[[], Any]) -> Any:

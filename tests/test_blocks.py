@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -76,11 +77,12 @@ def test_quarantined_blocks_are_given_to_nobody(pool: BlockAccounts) -> None:
 
 @pytest.mark.parametrize("count", [-1, 0, 9, 1 << 40])
 def test_what_can_never_be_had_is_refused_at_once(pool: BlockAccounts, count: int) -> None:
-    for ask in (
+    asks: list[Callable[[], object]] = [
         lambda: pool.take(lease(1), count),
         lambda: pool.wait(lease(1), count),
         lambda: pool.check(count),
-    ):
+    ]
+    for ask in asks:
         with pytest.raises(RequestTooLarge) as caught:
             ask()
         assert (caught.value.wanted_blocks, caught.value.pool_blocks) == (count, 8)
@@ -91,8 +93,9 @@ def test_what_can_never_be_had_is_refused_at_once(pool: BlockAccounts, count: in
 def test_a_pool_of_the_engine_gives_out_nothing_by_itself() -> None:
     pool = BlockAccounts(8, managed=False)
     for ask in (pool.take, pool.wait):
-        with pytest.raises(RequestTooLarge):
+        with pytest.raises(RequestTooLarge) as caught:
             ask(lease(1), 1)
+        assert caught.value.pool_blocks == 0
     assert pool.take_exact(lease(1), [3, 1]) == (3, 1)
     assert counts(pool) == (6, 2, 0, 0)
 
@@ -135,9 +138,7 @@ def test_blocks_that_cannot_be_had(
 
 @pytest.mark.parametrize("action", ["release", "quarantine", "relabel"])
 @pytest.mark.parametrize("history", ["never given", "released", "only waiting"])
-def test_ending_a_lease_that_holds_nothing_is_a_double_free(
-    pool: BlockAccounts, action: str, history: str
-) -> None:
+def test_ending_a_lease_that_holds_nothing_is_a_double_free(pool: BlockAccounts, action: str, history: str) -> None:
     if history == "released":
         pool.take(lease(1), 2)
         pool.release(lease(1))
@@ -172,14 +173,14 @@ def test_a_lease_is_given_once(pool: BlockAccounts, action: str, quarantined: bo
         pool.quarantine(lease(1))
     pool.take(lease(5), 1)
     before = pool.key()
-    ask = {
+    asks: dict[str, Callable[[], object]] = {
         "take": lambda: pool.take(lease(1), 1),
         "take_exact": lambda: pool.take_exact(lease(1), [7]),
         "wait": lambda: pool.wait(lease(1), 1),
         "relabel": lambda: pool.relabel(lease(5), lease(1), 1),
-    }[action]
+    }
     with pytest.raises(BlockError, match="already"):
-        ask()
+        asks[action]()
     assert pool.key() == before
 
 

@@ -13,14 +13,7 @@ import pytest
 
 from kvpoll_fsm import board as board_module
 from kvpoll_fsm.board import StatusBoard
-from kvpoll_fsm.errors import (
-    DuplicateRoom,
-    Failure,
-    FailureCode,
-    IllegalTransition,
-    InvalidInput,
-    UnknownRoom,
-)
+from kvpoll_fsm.errors import DuplicateRoom, Failure, FailureCode, IllegalTransition, InvalidInput, UnknownRoom
 from kvpoll_fsm.events import (
     Aborted,
     Bootstrapped,
@@ -335,7 +328,7 @@ def switching() -> Iterator[None]:
 @pytest.mark.usefixtures("switching")
 def test_one_of_eight_threads_opens_a_room_and_all_events_count() -> None:
     board = StatusBoard()
-    rooms = range(100)
+    rooms = range(500)
     opened: Counter[int] = Counter()
     given: list[int] = []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
+from kvpoll_fsm import deadlines
 from kvpoll_fsm.deadlines import GATES, GATES_OF, Clock, Deadlines, Gate
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.poll import KVPoll
@@ -31,6 +33,30 @@ def test_every_live_state_waits_somewhere_and_nothing_waits_without_an_end() -> 
     assert GATES_OF.keys() == {state for state in KVPoll if not state.is_terminal}
     assert GATES.keys() == {(state, gate) for state, gates in GATES_OF.items() for gate in gates}
     assert {gate for _, gate in GATES} == set(Gate) - {Gate.closed}
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("    (_W, Gate.moving): Clock.stall,\n", ""),
+        ("    _T: (Gate.queued, ", "    _T: ("),
+        ("    _B: (Gate.waiting_ranks, Gate.waiting_blocks),\n", ""),
+        ("    (_B, Gate.waiting_ranks)", "    (KVPoll.Failed, Gate.closed)"),
+    ],
+)
+def test_a_gate_without_a_clock_is_found_at_import(line: str, instead: str) -> None:
+    source = inspect.getsource(deadlines)
+    assert source.count(line) == 1
+    with pytest.raises(AssertionError, match="has no clock"):
+        exec(source.replace(line, instead), {"__name__": "changed"})
+
+
+def test_a_state_without_gates_is_found_at_import() -> None:
+    source = inspect.getsource(deadlines)
+    for line in [line for line in source.splitlines(keepends=True) if line.startswith(("    (_B, ", "    _B: "))]:
+        source = source.replace(line, "")
+    with pytest.raises(AssertionError, match="has no clock"):
+        exec(source, {"__name__": "changed"})
 
 
 def test_defaults() -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+from typing import Any
 
 import pytest
 
@@ -16,28 +17,33 @@ from kvpoll_fsm.poll import KVPoll
 
 FAILURE = Failure.of(FailureCode.PeerLost, "silence for 5 s", state=KVPoll.Transferring, rank=3)
 
+FIELDS: dict[type[KvpollError], dict[str, Any]] = {
+    errors.IllegalTransition: {"state": KVPoll.Bootstrapping, "event": Resumed()},
+    errors.LayoutError: {"field": "ids", "problem": "unknown dtype 'int7'"},
+    errors.LayoutMismatch: {"differences": ("ids: int32 here, int64 there", "aux: missing there")},
+    errors.DoubleFree: {"lease": ("room", 7)},
+    errors.ForeignBlock: {"blocks": (7, 8), "problem": "an id is named twice"},
+    errors.RequestTooLarge: {"wanted_blocks": 65, "pool_blocks": 64},
+    errors.AddressError: {"address": "tcp://0.0.0.0:1", "problem": "wildcard"},
+    errors.PolicyError: {"policy": "fastest", "problem": "unknown mode"},
+    errors.DuplicateRoom: {"side": "receiver", "room": 42, "rank": 1},
+    errors.UnknownRoom: {"room": 42},
+    errors.PoolExhausted: {"wanted_blocks": 8, "waited_s": 0.5},
+    errors.TransportUnavailable: {"name": "mooncake", "problem": "not installed", "hint": "pip install it"},
+    errors.MalformedMessage: {"problem": "not a packet"},
+    errors.UnsupportedVersion: {"ours": (1, 2), "theirs": (3, 4)},
+    errors.ChannelOverflow: {"limit": 8},
+    errors.TransferFailed: {"room": 42, "failure": FAILURE},
+    errors.EndpointClosed: {"cause": "the driver ended"},
+    errors.ForkedError: {"owner_pid": 100, "pid": 101},
+}
+"""The arguments of each error that has fields; they are its fields."""
+
 SAMPLES: list[KvpollError] = [
     KvpollError("root"),
-    errors.IllegalTransition(KVPoll.Bootstrapping, Resumed()),
     errors.InvalidInput("tokens=0"),
-    errors.LayoutError("ids", "unknown dtype 'int7'"),
-    errors.LayoutMismatch(("ids: int32 here, int64 there", "aux: missing there")),
     errors.BlockError("a lease is given once"),
-    errors.DoubleFree(("room", 7)),
-    errors.ForeignBlock((7, 8), "an id is named twice"),
-    errors.RequestTooLarge(65, 64),
-    errors.AddressError("tcp://0.0.0.0:1", "wildcard"),
-    errors.PolicyError("fastest", "unknown mode"),
-    errors.DuplicateRoom("receiver", 42, 1),
-    errors.UnknownRoom(42),
-    errors.PoolExhausted(8, 0.5),
-    errors.TransportUnavailable("mooncake", "not installed", "pip install kvpoll-fsm[mooncake]"),
-    errors.MalformedMessage("not a packet"),
-    errors.UnsupportedVersion((1, 2), (3, 4)),
-    errors.ChannelOverflow(8),
-    errors.TransferFailed(42, FAILURE),
-    errors.EndpointClosed("the driver ended"),
-    errors.ForkedError(100, 101),
+    *(kind(**given) for kind, given in FIELDS.items()),
 ]
 
 
@@ -82,11 +88,11 @@ def test_survives_pickle_and_copy_with_fields(error: KvpollError, again: object)
 
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
-def test_text_is_a_sentence_that_shows_the_fields(error: KvpollError) -> None:
-    text = str(error)
-    assert text
-    assert not text.startswith(("'", '"')), "the repr of the text, as KeyError has it"
-    for value in vars(error).values():
+def test_fields_are_what_was_given_and_the_text_is_a_sentence_that_shows_them(error: KvpollError) -> None:
+    (text,) = error.args
+    assert str(error) == text, "not the repr, as KeyError has it"
+    for name, value in FIELDS.get(type(error), {}).items():
+        assert getattr(error, name) == value
         for part in value if isinstance(value, tuple) else (value,):
             assert str(part) in text
 
@@ -103,6 +109,7 @@ def test_transport_unavailable_without_hint() -> None:
 
 def test_layout_mismatch_without_differences_has_a_field() -> None:
     assert errors.LayoutMismatch(()).field == "?"
+    assert errors.LayoutMismatch(("ids: int32 here", "aux: missing")).field == "ids"
 
 
 RETRYABLE = {

@@ -161,10 +161,8 @@ def test_what_is_no_event_is_illegal_everywhere(state: KVPoll, event: Any) -> No
 @pytest.mark.parametrize("is_last", [False, True])
 def test_outcome_for_every_combination_of_ranks(is_last: bool, ranks: int) -> None:
     for polls in itertools.product([False, True], repeat=ranks):
-        if not all(polls):
-            expected = KVPoll.Failed
-        else:
-            expected = KVPoll.Success if is_last else KVPoll.Transferring
+        arrived = KVPoll.Success if is_last else KVPoll.Transferring
+        expected = arrived if all(polls) else KVPoll.Failed
         assert outcome(is_last, polls) is expected
         assert outcome(is_last, iter(polls)) is expected
 
@@ -236,6 +234,11 @@ def test_clone_and_key_are_independent() -> None:
 def test_key_tells_states_apart_and_ignores_bookkeeping() -> None:
     assert len({Lifecycle(state).key() for state in KVPoll}) == len(KVPoll)
     assert Lifecycle(KVPoll.Failed, 7).key() == Lifecycle(KVPoll.Failed).key()
+
+
+def test_reference_machine_has_no_trigger_but_the_events() -> None:
+    assert set(lifecycle.MACHINE.events) == {trigger_name(event) for event in EVENTS}
+    assert set(lifecycle.MACHINE.states) == {state.name for state in KVPoll}
 
 
 def test_one_reference_machine_serves_many_models() -> None:

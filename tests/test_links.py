@@ -58,11 +58,14 @@ def bench() -> Bench:
 
 
 def test_connects_once_and_answers_everybody(bench: Bench) -> None:
+    assert bench.links.idle
     bench.reach()
     bench.reach()
     assert bench.transport.asked == [(b"where", (b"r0", b"r1"))]
     assert bench.answers == []
+    assert not bench.links.idle
     bench.links.completed("fake", LinkUp(0))
+    assert bench.links.idle
     assert bench.answers == [(0, True, ""), (1, True, "")]
     bench.reach()
     assert bench.answers[-1] == (2, True, "")
@@ -81,6 +84,7 @@ def test_each_connection_has_its_own_link(bench: Bench) -> None:
 def test_says_why_and_tries_anew_next_time(bench: Bench) -> None:
     bench.reach()
     bench.links.completed("fake", LinkDown(0, "no route"))
+    assert bench.links.idle
     assert bench.answers == [(0, False, "no route")]
     assert bench.transport.links[0].closed == 1
     assert bench.links.get(1, "fake") is None
@@ -119,6 +123,7 @@ def test_hanging_up_closes_the_links_and_answers_who_waits(bench: Bench) -> None
     bench.reach(conn=1)
     bench.reach(conn=2)
     bench.links.hang_up(1)
+    assert not bench.links.idle
     assert bench.answers == [(0, False, "the peer is gone")]
     assert [link.closed for link in bench.transport.links] == [1, 0]
     bench.links.hang_up(1)

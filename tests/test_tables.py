@@ -17,7 +17,7 @@ from kvpoll_fsm.lifecycle import EVENTS, ROWS, TABLE, Row
 from kvpoll_fsm.poll import KVPoll
 
 EDGES = {(source.name, dest.name) for (source, _), dest in TABLE.items()}
-FLAGS = {"": [None], "yes": [True], "no": [False], "any": [False, True]}
+FLAGS: dict[str, list[bool | None]] = {"": [None], "yes": [True], "no": [False], "any": [False, True]}
 _Key = tuple[str, str, "bool | None", "bool | None"]
 
 BY_NAME: dict[_Key, str] = {

@@ -60,6 +60,8 @@ def test_fails_once() -> None:
     seen.fail(Failure.of(FailureCode.PeerLost, "later", state=KVPoll.Failed))
     assert seen.failure is CAUSE
     assert seen.history == (KVPoll.Bootstrapping, KVPoll.Failed)
+    assert not seen.quiescent
+    seen.settle()
     assert seen.quiescent
 
 

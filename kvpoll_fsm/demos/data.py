@@ -1,6 +1,6 @@
 """A room's data, made from its number, and the SHA-256 of arrays; both step by step.
 
-Each step takes a few milliseconds, so that a process can look after its other rooms in between.
+Each step takes about a millisecond, so that a process can look after its other rooms in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Arrays", "allocate", "fill", "hash_into"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-STEP_NBYTES = 8 << 20
+STEP_NBYTES = 1 << 20
 
 
 def allocate(layout: Layout, tokens: int) -> Arrays:
@@ -45,7 +45,7 @@ def hash_into(hashes: dict[str, str], arrays: Mapping[str, npt.NDArray[Any]]) ->
         digest = hashlib.sha256()
         data = _as_bytes(array)
         for start in range(0, data.nbytes, STEP_NBYTES):
-            digest.update(data[start : start + STEP_NBYTES])
+            digest.update(data[start : start + STEP_NBYTES].data)
             yield
         hashes[name] = digest.hexdigest()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from kvpoll_fsm import registry
 from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT
 from kvpoll_fsm.selection import Policy
 
 __all__ = ["DTYPES", "FIRST_ROOM", "RESUMES", "Plan", "available_nbytes", "require_transport"]
@@ -24,10 +25,10 @@ MOST_AT_ONCE = 16
 """Reservations a receiver's pool holds for rooms that move together; further rooms queue for them."""
 
 LIMITS: dict[str, tuple[int, int]] = {
-    "tokens": (1, 1 << 40),
-    "blocks": (1, 1 << 16),
-    "block_tokens": (1, (1 << 31) - 1),
-    "hidden": (1, 1 << 32),
+    "tokens": (1, 1_000_000_000),
+    "blocks": (1, MAX_BLOCKS_PER_GRANT),
+    "block_tokens": (1, 1_000_000),
+    "hidden": (1, 1_000_000),
     "ranks": (1, 64),
     "rooms": (1, 10_000),
     "at_once": (1, MOST_AT_ONCE),
@@ -177,7 +178,7 @@ def available_nbytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 def _require_within(name: str, value: object) -> None:
     low, high = LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidInput(f"{name}={value!r}: give an integer from {low} to {high:,}")
+        raise InvalidInput(f"{name}={value!r}: give an integer from {low:,} to {high:,}")
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

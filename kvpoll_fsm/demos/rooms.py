@@ -23,8 +23,10 @@ from kvpoll_fsm.poll import KVPoll
 
 __all__ = ["ReceiverSide", "SenderSide", "Side"]
 
-LOOK_S = 0.01
+LOOK_S = 0.005
 """How often handles are looked at for transitions; the end of a room wakes the loop at once."""
+WORK_S = 0.002
+"""How long filling and hashing may keep the loop from its rooms."""
 BYTES_EVERY_S = 0.1
 _CHUNK = 1 << 16
 
@@ -52,7 +54,8 @@ class Side:
         self._reports_fd = reports_fd
         self._lines = Lines()
         self._live: dict[int, Room] = {}
-        self._shown: dict[int, tuple[int, int]] = {}
+        self._shown: dict[int, tuple[KVPoll, ...]] = {}
+        self._landed: dict[int, int] = {}
         self._ended_s: dict[int, float] = {}
         self._work: deque[Iterator[None]] = deque()
         self._next_bytes_s = 0.0
@@ -76,7 +79,8 @@ class Side:
             self._take_orders()
         self._step()
         for room, handle in list(self._live.items()):
-            self._look(room, handle)
+            if handle.history is not self._shown[room]:
+                self._look(room, handle)
         self._count_bytes()
 
     def _take_orders(self) -> None:
@@ -86,16 +90,18 @@ class Side:
             self._ORDERS[order.pop("do")](self, **order)
 
     def _step(self) -> None:
-        """One step of the oldest work there is."""
-        if self._work and next(self._work[0], self) is self:
-            self._work.popleft()
+        """A moment of work, the oldest first."""
+        until_s = time.monotonic() + WORK_S
+        while self._work and time.monotonic() < until_s:
+            if next(self._work[0], self) is self:
+                self._work.popleft()
 
     # Rooms
 
     def _watch(self, handle: Room) -> None:
         """Report this room from now on."""
         room = handle.room
-        self._live[room], self._shown[room] = handle, (0, 0)
+        self._live[room], self._shown[room] = handle, ()
 
         def ended() -> None:
             self._ended_s[room] = time.monotonic()
@@ -104,12 +110,13 @@ class Side:
         handle.view.call_when_ended(ended)
 
     def _look(self, room: int, handle: Room) -> None:
-        state = handle.poll()
-        states, nbytes = self._shown[room]
-        if len(handle.history) > states:
-            self._shown[room] = (len(handle.history), nbytes)
-            self._report("states", room=room, states=names(handle), at_s=time.monotonic())
-        if state.is_terminal and room in self._ended_s:  # the callback comes a moment after the state
+        """A room has moved on: say so."""
+        history, state = handle.history, handle.poll()
+        if history[-1].is_terminal and room not in self._ended_s:
+            return  # the callback comes a moment after the state, and wakes us
+        self._shown[room] = history
+        self._report("states", room=room, states=names(history), at_s=time.monotonic())
+        if state.is_terminal:
             del self._live[room]
             self._over(room, handle)
 
@@ -118,12 +125,9 @@ class Side:
         if now < self._next_bytes_s:
             return
         self._next_bytes_s = now + BYTES_EVERY_S
-        grown = {}
-        for room, handle in self._live.items():
-            states, nbytes = self._shown[room]
-            if handle.bytes_done != nbytes:
-                grown[room] = handle.bytes_done
-                self._shown[room] = (states, grown[room])
+        landed = {room: handle.bytes_done for room, handle in self._live.items()}
+        grown = {room: nbytes for room, nbytes in landed.items() if nbytes != self._landed.get(room, 0)}
+        self._landed = landed
         if grown:
             self._report("bytes", rooms=grown)
 
@@ -138,7 +142,7 @@ class Side:
         self._report(
             "done",
             room=handle.room,
-            states=names(handle),
+            states=names(handle.history),
             parts=parts,
             sha256=hashes,
             failure=None if handle.failure is None else str(handle.failure),
@@ -158,8 +162,8 @@ class SenderSide(Side):
     def __init__(self, plan: Plan, orders_fd: int, reports_fd: int) -> None:
         super().__init__(plan, orders_fd, reports_fd)
         self.blocks = plan.sender_blocks
-        self._hungry: dict[int, Sender] = {}
         self._handles: dict[int, Sender] = {}
+        self._hungry: deque[Sender] = deque()
         self._data: dict[int, Arrays] = {}
         self._hashes: dict[int, dict[str, str]] = {}
         self._sent_s: dict[int, float] = {}
@@ -168,7 +172,7 @@ class SenderSide(Side):
         """Order: open all rooms."""
         for room in self.plan.room_numbers:
             sender = self.endpoint.sender(room, required_ranks=self.plan.ranks, tag=f"demo-{room}")
-            self._handles[room] = self._hungry[room] = sender
+            self._handles[room] = sender
             self._watch(sender)
 
     def release(self, room: int) -> None:
@@ -176,12 +180,18 @@ class SenderSide(Side):
         self._data.pop(room, None)
         self._handles.pop(room).clear()
 
+    def _turn(self) -> None:
+        super()._turn()
+        while self._hungry and len(self._data) < self.plan.at_once:
+            sender = self._hungry.popleft()
+            if sender.poll() is KVPoll.WaitingForInput:
+                self._data[sender.room] = {}
+                self._work.append(self._feed(sender.room, sender))
+
     def _look(self, room: int, handle: Room) -> None:
         super()._look(room, handle)
-        waits = handle.poll() is KVPoll.WaitingForInput
-        if waits and room in self._hungry and len(self._data) < self.plan.at_once:
-            self._data[room] = {}
-            self._work.append(self._feed(room, self._hungry.pop(room)))
+        if self._shown[room][-1:] == (KVPoll.WaitingForInput,):
+            self._hungry.append(self._handles[room])
 
     def _feed(self, room: int, sender: Sender) -> Iterator[None]:
         """Make the data, hash it in this process's memory, and send it."""
@@ -194,7 +204,6 @@ class SenderSide(Side):
             sender.send(arrays)
 
     def _over(self, room: int, handle: Room) -> None:
-        self._hungry.pop(room, None)
         self._done(handle, self._hashes.pop(room, {}), sent_s=self._sent_s.get(room))
 
     _ORDERS: ClassVar[dict[str, Any]] = {"open": open, "release": release}
@@ -237,9 +246,9 @@ class ReceiverSide(Side):
     _ORDERS: ClassVar[dict[str, Any]] = {"open": open}
 
 
-def names(handle: Room) -> list[str]:
+def names(history: tuple[KVPoll, ...]) -> list[str]:
     """The states a room has gone through, by name."""
-    return [state.name for state in handle.history]
+    return [state.name for state in history]
 
 
 def read_first(fd: int) -> Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from itertools import groupby
 from types import TracebackType
 from typing import Any
@@ -26,12 +27,13 @@ MOST_ROWS = 8
 MOST_PROBLEMS = 10
 
 COLORS = {
-    "Failed": "bold red",
     "Bootstrapping": "dim",
     "WaitingForInput": "yellow",
     "Transferring": "cyan",
     "Success": "green",
+    "Failed": "bold red",
 }
+"""In the order in which states are gone through."""
 
 
 class Screen:
@@ -43,17 +45,12 @@ class Screen:
         self._many = plan.rooms > MOST_ROWS
         self._started_s = time.monotonic()
         self._seen: dict[tuple[str, int, int], int] = {}
+        self._census: Counter[str] = Counter()
         self._landed: dict[int, int] = {}
         self._tasks: dict[int, TaskID] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Landed())
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            TextColumn("{task.fields[where]}"),
-            BarColumn(bar_width=None),
-            _Landed(),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=not console.is_terminal,
+            *columns, console=console, expand=True, transient=True, disable=not console.is_terminal
         )
 
     def __enter__(self) -> Screen:
@@ -68,10 +65,10 @@ class Screen:
         self._progress.start()
         goal = plan.room_nbytes * plan.ranks
         if self._many:
-            self._tasks[0] = self._progress.add_task("all rooms", total=goal * plan.rooms, where="starting")
+            self._tasks[0] = self._progress.add_task("starting", total=goal * plan.rooms)
         else:
             for room in plan.room_numbers:
-                self._tasks[room] = self._progress.add_task(f"room {room}", total=goal, where="starting")
+                self._tasks[room] = self._progress.add_task(_labelled(room, "starting"), total=goal)
         return self
 
     def __exit__(
@@ -96,9 +93,12 @@ class Screen:
         place, states = (worker.side, worker.rank, message["room"]), message["states"]
         seen, self._seen[place] = self._seen.get(place, 0), len(states)
         at_s = message.get("at_s") or message.get("ended_s") or time.monotonic()
+        if worker.side == "sender":
+            self._census.subtract(states[seen - 1 : seen])
+            self._census.update(states[-1:])
         for number in range(max(1, seen), len(states)):
             if not self._many or states[number] == KVPoll.Failed.name:
-                line = Text(f"{at_s - self._started_s:9.3f} s  room {message['room']}  {worker.name:<12}")
+                line = Text(f"{at_s - self._started_s:6.2f} s  room {message['room']}  {worker.name:<12}")
                 self._console.print(line, _state(states[number - 1]), Text("→", "dim"), _state(states[number]))
 
     def _place(self, report: Report, room: int) -> None:
@@ -106,12 +106,14 @@ class Screen:
         account = report.rooms[room].sender
         if account.state == KVPoll.Success.name:
             self._fill(room, self._plan.room_nbytes * self._plan.ranks)
-        if self._many:
-            where = " ".join(f"{name} {count}" for name, count in _census(report).items())
-            self._progress.update(self._tasks[0], where=where)
-        else:
-            where = f"[{COLORS.get(account.state, 'dim')}]{account.state:<15}[/]"
-            self._progress.update(self._tasks[room], where=where)
+        task, label = (0, self._counts()) if self._many else (room, _labelled(room, account.state))
+        self._progress.update(self._tasks[task], description=label)
+
+    def _counts(self) -> str:
+        """How many rooms are in which state at the sender, a line each; states of no room are left out."""
+        return "\n".join(
+            f"[{color}]{name:<15}[/] {self._census[name]:>5,}" for name, color in COLORS.items() if self._census[name]
+        )
 
     def _fill(self, room: int, nbytes: int) -> None:
         grown = nbytes - self._landed.get(room, 0)
@@ -194,17 +196,20 @@ def _hashes(room: RoomReport) -> Text:
     """The SHA-256 of every field, as each process computed it."""
     text = Text()
     for name, digest in room.sender.sha256.items():
-        others = [account.sha256.get(name) for account in room.receivers]
-        equal = all(other == digest for other in others)
-        text.append(f"  SHA-256 of {name}: ").append(*_verdict_of(equal)).append("\n")
+        others = [account.sha256.get(name, "") for account in room.receivers]
+        text.append(f"  SHA-256 of {name}: ").append(*_comparison(digest, others)).append("\n")
         for side, each in [("sender", digest), *((f"receiver {n}", each) for n, each in enumerate(others))]:
-            text.append(f"    {side:<11} {each or 'none'}\n", "dim" if each == digest else COLORS["Failed"])
+            style = COLORS["Failed"] if each not in ("", digest) else "dim"
+            text.append(f"    {side:<11} {each or 'none'}\n", style)
     text.rstrip()
     return text
 
 
-def _verdict_of(equal: bool) -> tuple[str, str]:
-    return ("equal", "green") if equal else ("DIFFERENT", "bold red")
+def _comparison(digest: str, others: list[str]) -> tuple[str, str]:
+    """What comes out of comparing the receivers' hashes ("" if there is none) with the sender's."""
+    if any(other not in ("", digest) for other in others):
+        return "DIFFERENT", COLORS["Failed"]
+    return ("equal", "green") if digest and all(others) else ("incomplete", "yellow")
 
 
 def _overview(rooms: list[RoomReport]) -> Table:
@@ -213,17 +218,21 @@ def _overview(rooms: list[RoomReport]) -> Table:
     for name in ("room", "sender", "receivers", "parts", "time", "SHA-256 of embeddings"):
         table.add_column(name, overflow="fold")
     for room in rooms:
-        digest = room.sender.sha256.get("embeddings", "")[:16]
-        equal = all(room.same(rank) for rank in range(len(room.receivers)))
+        digest, *others = (_digests(account) for account in room.accounts)
         table.add_row(
             str(room.room),
             _state(room.sender.state),
             _states(room.receivers),
             ",".join(sorted({str(len(account.parts)) for account in room.receivers})),
             _speed(room),
-            Text.assemble((f"{digest}… ", "dim"), _verdict_of(equal)),
+            Text.assemble((f"{digest[:16]:<16} ", "dim"), _comparison(digest, others)),
         )
     return table
+
+
+def _digests(account: Account) -> str:
+    """All hashes in a row, that of the embeddings first; "" if there are none."""
+    return "".join(account.sha256[name] for name in sorted(account.sha256, key="embeddings".__ne__))
 
 
 def _states(accounts: list[Account]) -> Text:
@@ -232,10 +241,8 @@ def _states(accounts: list[Account]) -> Text:
     return Text(", ").join(_state(name) for name in names)
 
 
-def _census(report: Report) -> dict[str, int]:
-    """How many rooms are in which state at the sender, in the order in which states are gone through."""
-    states = [room.sender.state for room in report.rooms.values()]
-    return {name: states.count(name) for name in (*list(COLORS)[1:], "Failed") if name in states}
+def _labelled(room: int, state: str) -> str:
+    return f"room {room} [{COLORS.get(state, 'dim')}]{state:<15}[/]"
 
 
 def _path(account: Account) -> Text:

@@ -8,7 +8,7 @@ from kvpoll_fsm.lifecycle import TABLE
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
-from kvpoll_fsm.session import RoomKey, Session
+from kvpoll_fsm.session import GATE_TIMER, RoomKey, Session
 from kvpoll_fsm.testing.universe import Cell, Node, Universe
 
 __all__ = ["broken_law", "is_end"]
@@ -30,7 +30,34 @@ def broken_law(universe: Universe) -> str:
             problem = problem or _session(key, session)
         if problem:
             return f"{node.name}: {problem}"
-    return "" if universe.progress() or is_end(universe) else "nothing can happen any more, and rooms are live"
+    return _standstill(universe)
+
+
+def _standstill(universe: Universe) -> str:
+    """What is wrong if only the passing of time can bring this state on."""
+    progress = universe.progress()
+    if not progress:
+        return "" if is_end(universe) else "nothing can happen any more, and rooms are live"
+    if any(action[0] != "deadline" or action[3] != GATE_TIMER for action in progress):
+        return ""
+    if universe.scene.faults.benign:
+        return "no room has failed and nothing was lost for good, yet only a deadline can bring an end"
+    for node in universe.nodes.values():
+        for key, session in node.core.sessions.items():
+            if not session.state.is_terminal and _other_side_ended(universe, node, key, session):
+                return f"{key}: waits for a deadline, though the other side has ended and could have said so"
+    return ""
+
+
+def _other_side_ended(universe: Universe, node: Node, key: RoomKey, session: Session) -> bool:
+    """Some life of the room that this one is bound to, over a connection that works, has ended."""
+    others: list[tuple[int, RoomKey]] = []
+    if isinstance(session, ReceiverSession) and session.sender_generation:
+        others = [(session.options.conn, RoomKey("sender", key.room, 0, session.sender_generation))]
+    elif isinstance(session, SenderSession):
+        slots = session.slots.items()
+        others = [(slot.conn, RoomKey("receiver", key.room, rank, slot.generation)) for rank, slot in slots]
+    return any((universe.peers.get((node.incarnation, conn)), other) in universe.ends for conn, other in others)
 
 
 def is_end(universe: Universe) -> bool:

@@ -112,6 +112,11 @@ class Budget:
     reopen: int = 0
     part: int = 0
 
+    @property
+    def benign(self) -> bool:
+        """Nothing in it may make a room fail: what is lost is sent again, what comes twice is dropped."""
+        return replace(self, lose=0, repeat=0) == Budget()
+
 
 @dataclass(frozen=True)
 class Scene:

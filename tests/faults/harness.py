@@ -13,11 +13,24 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-__all__ = ["BIG", "FAST", "Cluster", "Worker", "free_port"]
+from tests.faults.proxy import Proxy
 
-T = TypeVar("T")
+__all__ = [
+    "BIG",
+    "BIG_PART_NBYTES",
+    "FAST",
+    "GRANT",
+    "PATIENT",
+    "Cluster",
+    "Worker",
+    "arrive",
+    "free_port",
+    "join",
+    "through",
+    "transfer",
+]
 
 ANSWER_S = 30.0
 """Longest a worker may take to answer: a bound against hanging, not an expectation."""
@@ -28,6 +41,8 @@ PATIENT = {**FAST, "peer_lost_s": 20.0, "stall_s": 20.0}
 BIG = {"hidden": 3584, "block_tokens": 128, "blocks": 16}
 """A layout whose parts of 1,024 tokens have 7.3 MB, more than the kernel's buffers take."""
 BIG_PART_NBYTES = 1024 * (3584 * 2 + 4)
+GRANT = 32
+"""Tokens of one grant of the small layout: two blocks."""
 
 
 class Worker:
@@ -208,6 +223,36 @@ class Cluster:
         """
         complaints = [(worker.label, worker.end()) for worker in self.workers]
         assert not any(text for _, text in complaints), "\n".join(f"{who}: {text}" for who, text in complaints)
+
+
+def through(proxy: Proxy, worker: Worker, **settings: Any) -> Worker:
+    """Open a receiver whose data port is reached through the proxy."""
+    tcp = {**settings.pop("tcp", {}), "advertise": f"127.0.0.1:{proxy.port}"}
+    worker.open(tcp=tcp, **settings)
+    proxy.target = worker.data_port
+    return worker
+
+
+def join(worker: Worker, tx: Worker, room: int, ranks: tuple[int, ...], total: int, tokens: int = GRANT) -> None:
+    """Open receiver ranks of a room."""
+    for rank in ranks:
+        worker("receiver", room=room, peer=tx.address, rank=rank, ranks=total, tokens=tokens)
+
+
+def transfer(tx: Worker, receivers: dict[Worker, tuple[int, ...]], room: int, tokens: int) -> None:
+    """A room from start to end, as if nothing had ever happened."""
+    total = sum(map(len, receivers.values()))
+    tx("sender", room=room, ranks=total, tokens=tokens)
+    for worker, ranks in receivers.items():
+        join(worker, tx, room, ranks, total, tokens=1024 if tokens > 1000 else GRANT)
+    arrive(tx, receivers, room, tokens)
+
+
+def arrive(tx: Worker, receivers: dict[Worker, tuple[int, ...]], room: int, tokens: int) -> None:
+    """A room that is open everywhere ends in Success, and every rank has every byte."""
+    for worker, ranks in receivers.items():
+        assert all(worker("data", room=room, rank=rank, tokens=tokens) for rank in ranks)
+    assert tx.end_of("sender", room)["state"] == "Success"
 
 
 def free_port() -> int:

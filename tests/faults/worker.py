@@ -5,15 +5,18 @@ Started by `harness.Worker`; run by nothing else. Every order names a method of 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
+import linecache
+import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,13 +29,11 @@ from kvpoll_fsm.messages import Frame, Packet, decode, encode
 
 LOOK_S = 0.002
 _real_send = Control.send
-_written = threading.Lock()
 
 
 def say(**line: Any) -> None:
-    """One line to the harness. Written with one call, so that a signal handler may speak too."""
-    with _written:
-        os.write(1, json.dumps(line).encode() + b"\n")
+    """One line to the harness. Written with one call, so that a signal handler may speak in between."""
+    os.write(1, json.dumps(line).encode() + b"\n")
 
 
 class Loss:
@@ -41,14 +42,17 @@ class Loss:
     Attributes:
         index: Lose the packet of that number (0 upwards) of its class, on the connection of that rank of
             arrival if `spread`, else on all.
-        hold: From the first frame with this kind of message on, lose every frame that carries messages.
+        every: Lose every so-many-th packet of a class.
+        hold: From the first frame with this kind of message on, lose every frame of that connection that carries
+            messages.
     """
 
     def __init__(self) -> None:
         self.hold = ""
-        self.holding = False
+        self.holding: set[int] = set()
         self.index: dict[str, int] = {}
         self.spread = False
+        self.every = 0
         self.lost: list[str] = []
         self.kept: list[bytes] = []
         self.record = False
@@ -59,8 +63,8 @@ class Loss:
         messages = packet.messages if isinstance(packet, Frame) else ()
         kinds = [type(message).__name__ for message in messages]
         if self.hold in kinds:
-            self.holding = True
-        if self.holding and kinds:
+            self.holding.add(conn)
+        if conn in self.holding and kinds:
             return True
         group = "bare" if isinstance(packet, Frame) and not kinds else "full"
         number = self._counts.get((conn, group), 0)
@@ -68,7 +72,7 @@ class Loss:
         wanted = self.index.get(group)
         if self.spread and wanted is not None:
             wanted += self._order.setdefault(conn, len(self._order))
-        if number != wanted:
+        if number != wanted and not (self.every and number % self.every == 1):
             return False
         self.lost.append("+".join(kinds) or type(packet).__name__)
         return True
@@ -278,8 +282,22 @@ class Host:
         endpoint = self.endpoints[name]
         return _await(lambda: len(endpoint.driver.core.connections) == count, timeout)
 
+    def until_links(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many data links of this sender stand."""
+        endpoint = self.endpoints[name]
+        return _await(lambda: len(endpoint.driver._links._links) == count, timeout)
+
     def malformed(self, name: str = "main") -> int:
         return self.endpoints[name].driver._control.malformed
+
+    def until_malformed(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many control packets have been refused."""
+        return _await(lambda: self.malformed(name) >= count, timeout)
+
+    def until_strangers(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many connections to the data port have not proved themselves."""
+        listener: Any = self.endpoints[name].driver.transports["tcp"]._listener  # type: ignore[attr-defined]
+        return _await(lambda: len(listener._strangers) == count, timeout)
 
     # Canaries: bytes that nobody may touch
 
@@ -302,10 +320,50 @@ class Host:
         endpoint = self.endpoints[name]
 
         def drain(number: int, frame: FrameType | None) -> None:
-            drained = endpoint.drain(deadline_s)
-            say(event="drained", value={"drained": drained, "states": self.states()})
+            self._drain_aloud(endpoint, deadline_s)
 
         signal.signal(signal.SIGTERM, drain)
+
+    def drain_at_exit(self, deadline_s: float, name: str = "main") -> None:
+        atexit.register(self._drain_aloud, self.endpoints[name], deadline_s)
+
+    def _drain_aloud(self, endpoint: Endpoint, deadline_s: float) -> None:
+        say(event="draining", value=None)
+        drained = endpoint.drain(deadline_s)
+        say(event="drained", value={"drained": drained, "states": self.states()})
+
+    def load_in_handler_of_every_lock(self, name: str = "main") -> int:
+        """Make calls that are interrupted, wherever they hold a lock, by a handler that calls the endpoint.
+
+        Returns how often that happened.
+        """
+        endpoint, done = self.endpoints[name], 0
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            nonlocal done
+            done += 1
+            endpoint.load()
+
+        def trace(frame: FrameType, event: str, arg: object) -> Any:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            if event == "line" and inside.get(frame) and frame.f_lineno != inside[frame]:
+                inside.pop(frame)
+                signal.raise_signal(signal.SIGUSR1)
+            if "with self." in line and "lock" in line:
+                inside[frame] = frame.f_lineno
+            return trace
+
+        inside: dict[FrameType, int] = {}
+        signal.signal(signal.SIGUSR1, handler)
+        for room in range(2):
+            sys.settrace(trace)
+            try:
+                handle = endpoint.sender(room)
+                handle.clear()
+                endpoint.load()
+            finally:
+                sys.settrace(None)
+        return done
 
     def drain(self, deadline_s: float, name: str = "main") -> bool:
         return self.endpoints[name].drain(deadline_s)
@@ -360,16 +418,9 @@ def _adopted(layout: Layout, blocks: int) -> BlockPool:
 
 def _listening() -> set[int]:
     """The ports this process listens on."""
-    ports = set()
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            copy = socket.socket(fileno=os.dup(int(number)))
-        except OSError:
-            continue
-        with copy:
-            if copy.family == socket.AF_INET and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                ports.add(copy.getsockname()[1])
-    return ports
+    own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink() and path.is_socket()}
+    lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return {int(line[1][-4:], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}
 
 
 def _tables(endpoint: Endpoint) -> dict[str, int]:
@@ -407,5 +458,6 @@ def _serve(host: Host) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)  # a room that fails is a warning; a traceback is an error
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _serve(Host())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvpoll_fsm.spi import (
+    MAX_TICKET_NBYTES,
     Completion,
     Done,
     Failed,
@@ -29,8 +30,10 @@ from kvpoll_fsm.spi import (
 )
 
 MIB = 1 << 20
-SIZES = (17 * MIB, 100_003)
+SIZES = (5 * MIB, 100_003)
 """Bytes of the regions of a side: one for large writes, one that is odd."""
+HUGE = (Write(0, 0, 0, 4 * MIB),) * (MAX_TICKET_NBYTES // (4 * MIB))
+"""As much as a ticket may carry, over and over to the same place."""
 WITHIN_S = 20.0
 _PATTERN = random.Random(20).randbytes(MIB + 7)
 

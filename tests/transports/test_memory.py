@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Progress, Quiesced, Write
 from kvpoll_memory import Faults, MemoryTransport
-
 from tests.transports.harness import MIB, Pair, Side, same, untouched
 from tests.transports.suite import TransportSuite
 
@@ -28,9 +28,7 @@ class Bench(Pair):
 
     def __init__(self, **settings: int) -> None:
         self.faults = Faults()
-        super().__init__(
-            Side(MemoryTransport(faults=self.faults, **settings), filled=True), Side(MemoryTransport())
-        )
+        super().__init__(Side(MemoryTransport(faults=self.faults, **settings), filled=True), Side(MemoryTransport()))
         self.token = self.rx.grant()
         self.link = self.tx.connect(self.rx)
         self.pump()

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, LinkDown, Write
+
+from kvpoll_fsm.spi import Done, Failed, Link, LinkDown, Write
 from kvpoll_tcp import TcpTransport
 from kvpoll_tcp.receiver import Reader
-
 from tests.transports import raw
-from tests.transports.harness import MIB, Pair, Side, until
+from tests.transports.harness import HUGE, MIB, SIZES, Pair, Side, until
 
-ARENA_NBYTES = MAX_TICKET_NBYTES
+ARENA_NBYTES = SIZES[0]
 CANARY = b"\xc5"
 
 
@@ -44,6 +44,11 @@ class Child:
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def pause(self) -> None:
+        """Stop it; no thread of it runs any more on return."""
+        self.signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def kill(self) -> None:
         self.process.kill()
@@ -80,7 +85,9 @@ class Receiver(Child):
 def waiting_nbytes(port: int) -> int:
     """Bytes in the kernel's receive buffers of a port's connections, which nobody has read yet."""
     rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
-    return sum(int(row[4].split(":")[1], 16) for row in rows if int(row[1].split(":")[1], 16) == port and row[3] != "0A")
+    return sum(
+        int(row[4].split(":")[1], 16) for row in rows if int(row[1].split(":")[1], 16) == port and row[3] != "0A"
+    )
 
 
 def connect(tx: Side, receiver: Receiver) -> Link:
@@ -113,7 +120,7 @@ def ended(tx: Side, *tickets: int) -> list[Done | Failed]:
 def test_a_paused_receiver_never_gives_done(tx: Side, receiver: Receiver) -> None:
     link = connect(tx, receiver)
     ended(tx, link.submit([Write(0, 0, 0, 1)], receiver.token))
-    receiver.signal(signal.SIGSTOP)
+    receiver.pause()
     ticket = link.submit([Write(0, 0, 0, 100_000)], receiver.token)
     # All of it is with the receiver's kernel, which has told ours so; a transport that trusts that is wrong.
     until(lambda: receiver.waiting_nbytes() >= 100_000, "the bytes to reach the receiver's kernel")
@@ -128,8 +135,8 @@ def test_a_paused_receiver_never_gives_done(tx: Side, receiver: Receiver) -> Non
 def test_cancelled_tickets_end_although_the_receiver_is_paused(tx: Side, receiver: Receiver) -> None:
     link = connect(tx, receiver)
     ended(tx, link.submit([Write(0, 0, 0, 1)], receiver.token))
-    receiver.signal(signal.SIGSTOP)
-    tickets = [link.submit([Write(0, 0, 0, ARENA_NBYTES)], receiver.token) for _ in range(3)]
+    receiver.pause()
+    tickets = [link.submit(HUGE, receiver.token) for _ in range(3)]
     until(lambda: receiver.waiting_nbytes() > 0, "the first bytes")
     link.cancel(tickets[2])
     (never_sent,) = ended(tx, tickets[2])
@@ -149,7 +156,7 @@ def test_cancelled_tickets_end_although_the_receiver_is_paused(tx: Side, receive
 def test_a_cancelled_ticket_that_waits_for_its_answer_ends_too(tx: Side, receiver: Receiver) -> None:
     link = connect(tx, receiver)
     ended(tx, link.submit([Write(0, 0, 0, 1)], receiver.token))
-    receiver.signal(signal.SIGSTOP)
+    receiver.pause()
     ticket = link.submit([Write(0, 0, 0, 1000)], receiver.token)
     until(lambda: receiver.waiting_nbytes() >= 1000, "the bytes to reach the receiver's kernel")
     link.cancel(ticket)
@@ -160,8 +167,8 @@ def test_close_is_not_held_up_by_a_paused_receiver(receiver: Receiver) -> None:
     tx = Side(TcpTransport(), filled=True)
     link = connect(tx, receiver)
     ended(tx, link.submit([Write(0, 0, 0, 1)], receiver.token))
-    receiver.signal(signal.SIGSTOP)
-    tickets = [link.submit([Write(0, 0, 0, ARENA_NBYTES)], receiver.token) for _ in range(2)]
+    receiver.pause()
+    tickets = [link.submit(HUGE, receiver.token) for _ in range(2)]
     until(lambda: receiver.waiting_nbytes() > 0, "the first bytes")
     tx.close()
     assert [tx.ends[ticket].quiescent for ticket in tickets] == [False, True]  # type: ignore[union-attr]
@@ -171,8 +178,8 @@ def test_a_killed_receiver_fails_its_tickets_and_a_new_one_is_told_apart(
     tx: Side, receiver: Receiver, tmp_path: Path
 ) -> None:
     link = connect(tx, receiver)
-    receiver.signal(signal.SIGSTOP)  # so that it dies with the ticket at hand
-    ticket = link.submit([Write(0, 0, 0, ARENA_NBYTES)], receiver.token)
+    receiver.pause()  # so that it dies with the ticket at hand
+    ticket = link.submit(HUGE, receiver.token)
     until(lambda: receiver.waiting_nbytes() > 0, "the first bytes")
     receiver.kill()
     (end,) = ended(tx, ticket)
@@ -283,6 +290,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "up\n", "")
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_child_leaves_the_connections_alone(tx: Side, rx: Side) -> None:
     pair = Pair(tx, rx)
     link = tx.connect(rx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -121,7 +122,8 @@ class Lane:
             self._break(error.strerror or repr(error))
         except Exception as error:
             # A mistake of ours: the tickets at hand fail, the next ones get a new connection.
-            _log.exception("the connection to %s is given up", self._peer)
+            # Logged as text: a record that keeps the traceback would keep the arenas' memory in use.
+            _log.error("the connection to %s is given up:\n%s", self._peer, traceback.format_exc())
             self._break(f"internal error: {error!r}")
 
     def _turn(self) -> None:

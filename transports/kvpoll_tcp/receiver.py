@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -155,7 +156,8 @@ class Reader:
             _log.info("connection from %s ended: %s", self.peer, error)
         except Exception:
             # A mistake of ours. The peer sees the connection end, and its tickets fail.
-            _log.exception("connection from %s given up", self.peer)
+            # Logged as text: a record that keeps the traceback would keep the arenas' memory in use.
+            _log.error("connection from %s given up:\n%s", self.peer, traceback.format_exc())
         finally:
             self._plug.pull()
             listener.forget(self)

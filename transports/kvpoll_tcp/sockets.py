@@ -90,12 +90,14 @@ def listen(settings: TcpSettings) -> socket.socket:
         try:
             return _listen_on(settings.host, port)
         except OSError as error:
-            problem = f"cannot listen on {settings.host}, ports {low} to {high}: {error.strerror or error}"
+            ports = f" ports {low} to {high}" if high else ""
+            problem = f"cannot listen on {settings.host or 'any address'}{ports}: {error.strerror or error}"
     raise TransportUnavailable("tcp", problem, "give another host= or data_ports=")
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, _, _, address = found[0]
     sock = socket.socket(family, kind)
     try:
         sock.setblocking(True)  # whatever socket.setdefaulttimeout() says

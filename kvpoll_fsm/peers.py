@@ -1,0 +1,135 @@
+"""The connections of one endpoint: made, found, spoken through, forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpoll_fsm.channel import Channel
+from kvpoll_fsm.connection import Connection, introduction, name_of
+from kvpoll_fsm.effects import Outbox, Transmit
+from kvpoll_fsm.errors import ChannelOverflow
+from kvpoll_fsm.layout import Layout
+from kvpoll_fsm.messages import Hello, Message, TransportOffer, Welcome
+
+__all__ = ["Peers"]
+
+
+class Peers:
+    """Connections by number, and what waits to be said through them.
+
+    Attributes:
+        connections: By number.
+        overflowed: Why a connection can take no more messages, by number; it is to be ended.
+    """
+
+    __slots__ = ("_incarnation", "_layout", "_made", "_offers", "_out", "_unflushed", "connections", "overflowed")
+
+    def __init__(self, incarnation: bytes, layout: Layout, offers: tuple[TransportOffer, ...], out: Outbox) -> None:
+        self._incarnation = incarnation
+        self._layout = layout
+        self._offers = offers
+        self._out = out
+        self._made = 0
+        self._unflushed: dict[int, None] = {}
+        self.connections: dict[int, Connection] = {}
+        self.overflowed: dict[int, str] = {}
+
+    def connected_to(self, address: str) -> Connection | None:
+        """The connection we opened to this address, if there is one."""
+        return next((c for c in self.connections.values() if c.address == address), None)
+
+    def find(self, source: bytes, target: bytes, *, outgoing: bool) -> Connection | None:
+        """The connection between these two names, ours first, if it is open here."""
+        for connection in self.connections.values():
+            channel = connection.channel
+            if (channel.source, channel.target, channel.outgoing) == (source, target, outgoing):
+                return connection
+        return None
+
+    def call(self, address: str) -> Connection:
+        """Open a connection to an address: says Hello."""
+        self._made += 1
+        connection = self._add(Channel(name_of(self._incarnation, self._made), None, outgoing=True), address)
+        self._out.emit(Transmit(connection.number, self._hello(connection)))
+        return connection
+
+    def answer(self, packet: Hello) -> Connection:
+        """The connection of a peer that said Hello, made if it is new: says Welcome."""
+        connection = self.find(self._incarnation, packet.incarnation, outgoing=False)
+        if connection is None:
+            self._made += 1
+            connection = self._add(Channel(self._incarnation, packet.incarnation, outgoing=False), None)
+        connection.introduce(packet)
+        fields = introduction(self._incarnation, self._layout, self._offers)
+        self._out.emit(Transmit(connection.number, Welcome(answers=packet.incarnation, **fields)))
+        return connection
+
+    def push(self, conn: int, message: Message) -> None:
+        """Queue a message; the next `flush()` sends it. Nothing happens if the connection has ended."""
+        connection = self.connections.get(conn)
+        if connection is None:
+            return
+        try:
+            connection.channel.push(message)
+        except ChannelOverflow as error:
+            self.overflowed[conn] = str(error)
+        else:
+            self._unflushed[conn] = None
+
+    def must_flush(self, conn: int) -> None:
+        """The connection has something to send, if only an acknowledgement."""
+        self._unflushed[conn] = None
+
+    def flush(self, *, ack_now: bool) -> None:
+        """Transmit the messages that were pushed since, and the acknowledgements that are owed."""
+        for conn in list(self._unflushed):
+            channel = self.connections[conn].channel
+            for frame in channel.flush(ack_now=ack_now):
+                self._out.emit(Transmit(conn, frame))
+            if not channel.owes_ack:
+                del self._unflushed[conn]
+
+    def resend_tick(self) -> None:
+        """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""
+        for connection in self.connections.values():
+            known = connection.peer is not None
+            for packet in connection.resend_tick() if known else [self._hello(connection)]:
+                self._out.emit(Transmit(connection.number, packet))
+
+    def remove(self, conn: int) -> None:
+        """Forget a connection, having sent what it still had to say."""
+        connection = self.connections.pop(conn)
+        for frame in connection.channel.flush(ack_now=True):
+            self._out.emit(Transmit(conn, frame))
+        self._unflushed.pop(conn, None)
+        self.overflowed.pop(conn, None)
+
+    @property
+    def unacked(self) -> int:
+        """Messages some peer has not acknowledged yet."""
+        return sum(len(c.channel.unacked) for c in self.connections.values() if c.peer is not None)
+
+    @property
+    def owes_ack(self) -> bool:
+        """Some acknowledgement waits for company."""
+        return bool(self._unflushed)
+
+    def clone(self, out: Outbox) -> Peers:
+        """A copy that shares nothing mutable and speaks through `out`."""
+        copy = Peers(self._incarnation, self._layout, self._offers, out)
+        copy._made = self._made
+        copy._unflushed, copy.overflowed = dict(self._unflushed), dict(self.overflowed)
+        copy.connections = {number: connection.clone() for number, connection in self.connections.items()}
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state."""
+        connections = tuple(connection.key() for connection in self.connections.values())
+        return (self._made, connections, tuple(self._unflushed), tuple(self.overflowed))
+
+    def _add(self, channel: Channel, address: str | None) -> Connection:
+        connection = self.connections[self._made] = Connection(self._made, channel, address)
+        return connection
+
+    def _hello(self, connection: Connection) -> Hello:
+        return Hello(**introduction(connection.channel.source, self._layout, self._offers))

@@ -1,0 +1,99 @@
+"""The lives of rooms on one endpoint: which are open, which were cleared and are not over yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpoll_fsm.errors import DuplicateRoom
+from kvpoll_fsm.sender_session import SenderSession
+from kvpoll_fsm.session import RoomKey, Session
+
+__all__ = ["Rooms"]
+
+
+class Rooms:
+    """Sessions by key, and the keys by room.
+
+    Attributes:
+        sessions: Every life of a room that is not over.
+    """
+
+    __slots__ = ("_cleared", "_generation", "_open", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: dict[RoomKey, Session] = {}
+        self._open: dict[tuple[str, int, int], RoomKey] = {}
+        self._cleared: dict[RoomKey, None] = {}
+        self._generation = 0
+
+    def new_key(self, side: str, room: int, rank: int) -> RoomKey:
+        """The key of a new life of a room.
+
+        Raises:
+            DuplicateRoom: It is open and was not cleared.
+        """
+        if (side, room, rank) in self._open:
+            raise DuplicateRoom(side, room, rank)
+        self._generation += 1
+        return RoomKey(side, room, rank, self._generation)
+
+    def add(self, key: RoomKey, session: Session) -> None:
+        """A life begins."""
+        self.sessions[key] = session
+        self._open[key.side, key.room, key.rank] = key
+
+    def clear(self, key: RoomKey) -> None:
+        """The number may be used again; the life goes on until it is over."""
+        if self.is_open(key):
+            del self._open[key.side, key.room, key.rank]
+            self._cleared[key] = None
+
+    def forget(self, key: RoomKey) -> None:
+        """A life that was cleared is over."""
+        del self.sessions[key]
+        del self._cleared[key]
+
+    def is_open(self, key: RoomKey) -> bool:
+        """Whether this life of the room is the open one: not cleared, not opened again."""
+        return self._open.get((key.side, key.room, key.rank)) == key
+
+    def open_sender(self, room: int) -> SenderSession | None:
+        """The sender's side of a room, if it is open here."""
+        key = self._open.get(("sender", room, 0))
+        session = self.sessions.get(key) if key else None
+        return session if isinstance(session, SenderSession) else None
+
+    def to_receiver(self, message: Any) -> RoomKey | None:
+        """The receiver's life that a message or beat of its sender is for, or None if it is not here."""
+        key = RoomKey("receiver", message.room, message.rank, message.receiver_generation)
+        return key if key in self.sessions else None
+
+    def to_sender(self, conn: int, message: Any) -> RoomKey | None:
+        """The sender's life that a message or beat of a receiver is for, or None if it is not here.
+
+        A receiver that has not been answered yet cannot name the life: then it is the one that binds it, be it
+        cleared or not.
+        """
+        if message.sender_generation:
+            key = RoomKey("sender", message.room, 0, message.sender_generation)
+            return key if key in self.sessions else None
+        newest = self._open.get(("sender", message.room, 0))
+        for candidate in (newest, *self._cleared):
+            if candidate is None or (candidate.side, candidate.room) != ("sender", message.room):
+                continue
+            if self.sessions[candidate].binds(conn, message.rank, message.receiver_generation):
+                return candidate
+        return None
+
+    def clone(self) -> Rooms:
+        """A copy that shares nothing mutable."""
+        copy = Rooms()
+        copy.sessions = {key: session.clone() for key, session in self.sessions.items()}
+        copy._open, copy._cleared = dict(self._open), dict(self._cleared)
+        copy._generation = self._generation
+        return copy
+
+    def key(self) -> tuple[Any, ...]:
+        """Canonical plain value of the state."""
+        sessions = tuple(session.key() for session in self.sessions.values())
+        return (self._generation, sessions, tuple(self._open.values()), tuple(self._cleared))

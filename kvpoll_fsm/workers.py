@@ -1,0 +1,66 @@
+"""The threads that copy and hash.
+
+Not a `ThreadPoolExecutor`: that one takes no more work as soon as the interpreter begins to end, and rooms may
+still be drained then, in an exit handler.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+__all__ = ["Workers"]
+
+Work = Callable[[], object]
+Then = Callable[[object], None]
+
+
+class Workers:
+    """Threads that do one piece of work after the other, in the order in which they were given.
+
+    They are daemons: a program that forgets to close its endpoint can still exit.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._orders: queue.SimpleQueue[tuple[Work, Then] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvpoll-worker-{number}", daemon=True) for number in range(threads)
+        ]
+
+    def start(self) -> None:
+        """Start the threads.
+
+        Raises:
+            RuntimeError: The system has no thread left to give; those that were started have ended.
+        """
+        started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                started += 1
+        except RuntimeError:
+            self._threads = self._threads[:started]
+            self.close()
+            raise
+
+    def submit(self, work: Work, then: Then) -> None:
+        """Do `work`, and call `then` in that thread with what it returned or raised."""
+        self._orders.put((work, then))
+
+    def close(self) -> None:
+        """Finish what was given, and end the threads."""
+        for _ in self._threads:
+            self._orders.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            work, then = order
+            try:
+                result = work()
+            except BaseException as error:  # handed to whoever wanted the result
+                result = error
+            then(result)
+            del order, work, then, result  # an idle thread must not keep a room's arrays alive

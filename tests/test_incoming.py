@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
+from kvpoll_fsm.errors import FailureCode, InvalidInput
+from kvpoll_fsm.incoming import Incoming
+from kvpoll_fsm.inputs import CopiedOut, Fenced, Granted, GrantRefused, Input, Verified
+from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.spi import Capabilities, FenceKind, LeaseId, Range, Transport
+from kvpoll_fsm.staging import Source, checksum, stage
+
+LAYOUT = Layout(4, [Field("ids", "int32"), Field("aux", "int64", (2,), per_room=True)])
+KEY = RoomKey("receiver", 1, 2, 3)
+
+
+class FakeTransport:
+    """Notes what it is asked."""
+
+    def __init__(self, name: str, fence: FenceKind = FenceKind.token) -> None:
+        self.name = name
+        self.capabilities = Capabilities(fence=fence)
+        self.granted: list[tuple[LeaseId, tuple[Range, ...]]] = []
+        self.revoked: list[bytes] = []
+        self.fenced: list[bytes] = []
+        self.refusal: Exception | None = None
+        self._fences = itertools.count(10)
+
+    def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
+        if self.refusal is not None:
+            raise self.refusal
+        self.granted.append((lease, tuple(ranges)))
+        return f"{self.name}{len(self.granted)}".encode()
+
+    def revoke(self, token: bytes) -> None:
+        self.revoked.append(token)
+
+    def fence(self, token: bytes) -> int:
+        self.fenced.append(token)
+        return next(self._fences)
+
+
+class Bench:
+    def __init__(self, *transports: FakeTransport) -> None:
+        self.pool = BlockPool(LAYOUT, 6)
+        self.transports = transports
+        self.fed: list[tuple[RoomKey, Input]] = []
+        by_name = {each.name: cast("Transport", each) for each in transports}
+        self.incoming = Incoming(
+            self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), "numpy"
+        )
+
+    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
+        try:
+            result = work()
+        except Exception as error:
+            result = error
+        then(result)
+
+    def expose(self, part: int = 0, blocks: tuple[int, ...] = (4, 1)) -> None:
+        self.incoming.expose(KEY, Expose(part, blocks))
+
+    @property
+    def last(self) -> Any:
+        key, event = self.fed[-1]
+        assert key == KEY
+        return event
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(FakeTransport("a"), FakeTransport("b"))
+
+
+def landed(pool: BlockPool, held: HeldPart) -> tuple[bytes, dict[str, Any]]:
+    """Put a part where a sender would; returns its checksum and the room's data."""
+    data = {"ids": np.arange(held.offset + held.tokens, dtype=np.int32), "aux": np.array([7, 8], np.int64)}
+    first = held.part == 0
+    stage(pool, held.blocks, Source.of(LAYOUT, data), held.offset, held.tokens, first)
+    return checksum(pool, held.blocks, held.tokens, first), data
+
+
+def test_exposes_exactly_the_blocks_on_every_transport(bench: Bench) -> None:
+    bench.expose()
+    lease = LeaseId("receiver", 1, 2, 3, 0)
+    ranges = (Range(0, 64, 16), Range(0, 16, 16), Range(1, 64, 16))  # the per-room value: first block only
+    assert [each.granted for each in bench.transports] == [[(lease, ranges)], [(lease, ranges)]]
+    assert bench.last == Granted(0, (4, 1), 8, (("a", b"a1"), ("b", b"b1")))
+
+
+def test_later_parts_carry_no_per_room_value(bench: Bench) -> None:
+    bench.expose(part=1)
+    assert bench.transports[0].granted[0][1] == (Range(0, 64, 16), Range(0, 16, 16))
+
+
+@pytest.mark.parametrize("error", [InvalidInput("no such region"), RuntimeError("native crash")])
+def test_a_grant_that_fails_is_refused_and_leaves_no_token(bench: Bench, error: Exception) -> None:
+    bench.transports[1].refusal = error
+    bench.expose()
+    assert isinstance(bench.last, GrantRefused)
+    assert bench.last.failure is not None
+    assert bench.last.failure.code is FailureCode.InternalError
+    assert str(error) in bench.last.failure.detail
+    assert bench.last.failure.rank == 2
+    assert bench.transports[0].revoked == [b"a1"]
+    assert bench.incoming._tokens == {}
+
+
+def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:
+    bench.expose(part=0)
+    bench.expose(part=1)
+    bench.incoming.release(KEY, 0)
+    bench.incoming.release(KEY, 0)
+    assert [each.revoked for each in bench.transports] == [[b"a1"], [b"b1"]]
+    bench.incoming.release(KEY, 1)
+    assert bench.incoming._tokens == {}
+
+
+def test_fenced_once_every_transport_is(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    assert [each.fenced for each in bench.transports] == [[b"a1"], [b"b1"]]
+    bench.incoming.fenced("a", 10)
+    bench.incoming.fenced("a", 10)
+    bench.incoming.fenced("b", 11)
+    assert not isinstance(bench.last, Fenced)
+    assert not bench.incoming.idle
+    bench.incoming.fenced("b", 10)
+    assert bench.last == Fenced(0)
+    assert bench.incoming.idle
+
+
+def test_a_fence_that_would_hurt_others_only_by_force() -> None:
+    bench = Bench(FakeTransport("a"), FakeTransport("b", FenceKind.process))
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    assert [each.revoked for each in bench.transports] == [[b"a1"], [b"b1"]]
+    assert [each.fenced for each in bench.transports] == [[], []]
+    bench.incoming.fence(KEY, Fence(0, force=True))
+    assert [each.fenced for each in bench.transports] == [[b"a1"], [b"b1"]]
+
+
+def test_what_was_not_exposed_is_fenced(bench: Bench) -> None:
+    bench.incoming.fence(KEY, Fence(3, force=False))
+    assert bench.last == Fenced(3)
+
+
+def test_verifies_where_it_lies(bench: Bench) -> None:
+    held = HeldPart(0, 0, 7, (5, 2))
+    right, _ = landed(bench.pool, held)
+    bench.incoming.verify(KEY, Verify(held, right))
+    assert bench.last == Verified(0, None)
+    bench.pool.view("ids")[2][1] ^= 1
+    bench.incoming.verify(KEY, Verify(held, right))
+    assert bench.last.failure == (FailureCode.ChecksumMismatch, "part 0, tokens 0 to 7: the bytes differ")
+
+
+def test_copies_out_part_by_part_and_gives_the_arrays_once(bench: Bench) -> None:
+    first, second = HeldPart(0, 0, 8, (5, 2)), HeldPart(1, 8, 3, (2, 0))
+    for held in (first, second):
+        right, data = landed(bench.pool, held)
+        bench.incoming.copy_out(KEY, CopyOut((held,), 11, right))
+        assert bench.last == CopiedOut(held.part, None)
+    arrays = bench.incoming.take_arrays(KEY)
+    assert arrays is not None
+    assert (arrays["ids"] == data["ids"]).all()
+    assert (arrays["aux"] == data["aux"]).all()
+    assert bench.incoming.take_arrays(KEY) is None
+    assert bench.incoming._destinations == {}
+
+
+def test_what_does_not_agree_is_not_copied(bench: Bench) -> None:
+    held = HeldPart(0, 0, 8, (5, 2))
+    landed(bench.pool, held)
+    bench.incoming.copy_out(KEY, CopyOut((held,), 8, bytes(16)))
+    assert bench.last.failure[0] is FailureCode.ChecksumMismatch
+    assert bench.incoming.take_arrays(KEY) is None
+
+
+def test_a_total_beyond_all_memory_is_a_failure_of_the_room(bench: Bench) -> None:
+    held = HeldPart(0, 0, 8, (5, 2))
+    landed(bench.pool, held)
+    bench.incoming.copy_out(KEY, CopyOut((held,), 1 << 62, None))
+    assert bench.last.failure[0] is FailureCode.RequestTooLarge
+    assert "memory" in bench.last.failure[1]
+
+
+def test_an_exception_on_the_worker_is_a_failure_of_the_room(bench: Bench) -> None:
+    bench.pool.close()
+    bench.incoming.verify(KEY, Verify(HeldPart(0, 0, 4, (0,)), bytes(16)))
+    assert bench.last.failure is not None
+    assert "pool has been closed" in bench.last.failure[1]
+
+
+def test_forget_lets_go_of_the_arrays(bench: Bench) -> None:
+    held = HeldPart(0, 0, 8, (5, 2))
+    landed(bench.pool, held)
+    bench.incoming.copy_out(KEY, CopyOut((held,), 8, None))
+    bench.incoming.forget(KEY)
+    assert bench.incoming._destinations == {}
