@@ -168,7 +168,7 @@ class EndpointCore:
         if connection is None or packet.answers != connection.channel.source:
             return
         if connection.peer not in (None, packet.incarnation):
-            self.end(conn, "the peer was restarted")
+            self.end(conn, "the peer does not know this connection any more: it was restarted, or took us for lost")
             return
         differences = connection.differences(self.options.layout, packet)
         known = connection.peer is not None
@@ -198,7 +198,7 @@ class EndpointCore:
         """The endpoint at the other end does not know the incarnation we spoke to."""
         connection = self.connections.get(conn)
         if connection is not None and connection.peer == packet.target:
-            self.end(conn, "the peer was restarted")
+            self.end(conn, "the peer does not know this connection any more: it was restarted, or took us for lost")
 
     def end(self, conn: int, detail: str, code: FailureCode = FailureCode.PeerLost) -> None:
         """A connection ends for good; its rooms are told."""
@@ -324,7 +324,7 @@ class EndpointCore:
 
     def _carry_out(self, key: RoomKey, session: Session, command: Command) -> None:
         if isinstance(command, Send):
-            self._peers.push(command.conn, command.message)
+            self._send(session, command)
         elif isinstance(command, Grant):
             self._lessor.grant(key, session.state, command)
         elif isinstance(command, Regrant):
@@ -335,6 +335,12 @@ class EndpointCore:
             if isinstance(command, Fence) and not command.force:
                 self._lessor.quarantine(key, command.part)
             self._out.emit(Do(key, command))
+
+    def _send(self, session: Session, command: Send) -> None:
+        never_opened = isinstance(session, SenderSession) and not session.was_opened
+        if never_opened and isinstance(command.message, messages.Abort) and command.conn in self.connections:
+            self.parking.dismiss(command.conn, command.message)
+        self._peers.push(command.conn, command.message)
 
     # Inside: messages
 
@@ -350,6 +356,9 @@ class EndpointCore:
 
     def _reserve(self, conn: int, message: messages.Reserve) -> None:
         """A receiver is here: give it to the open room it fits, or keep it for the next opening."""
+        if self.parking.is_dismissed(conn, message):
+            self.ignored += 1
+            return
         session = self._rooms.open_sender(message.room)
         if session is not None and session.admits(conn, message):
             self._rooms_of[conn][session.room_key] = None
@@ -357,9 +366,12 @@ class EndpointCore:
             return
         displaced = self.parking.park(conn, message)
         if displaced is not None:
+            self.parking.dismiss(*displaced)
             self._peers.push(*displaced)
 
     def _route(self, connection: Connection, message: Any) -> None:
+        if isinstance(message, messages.Abort) and not connection.outgoing:
+            self.parking.gave_up(connection.number, message)
         key = self._key_of(connection, message)
         if key is not None:
             self._give(key, connection.number, message)

@@ -206,6 +206,8 @@ class Driver:
         view = self.views.get(key)
         if session.quiescent:
             self.outgoing.forget(key)
+            if session.state is KVPoll.Failed:
+                self.incoming.forget(key)
         self._record(key, session)
         if view is None:
             return
@@ -500,8 +502,11 @@ class Driver:
         self._close_transports()
         for view in list(self.views.values()):
             view.settle()
-        self._control.close()
-        self.recorder.close()
+        for close in (self._control.close, self.recorder.close):
+            try:
+                close()
+            except Exception:  # whoever waits must be answered all the same
+                log.exception("endpoint %s did not close", self.address)
         with self._wake_lock:
             os.close(self._wakeup)
             self._wakeup = -1

@@ -9,10 +9,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 from kvpoll_fsm import registry
 from kvpoll_fsm.address import Address
@@ -217,7 +217,7 @@ class Endpoint:
         rank: int = 0,
         ranks: int = 1,
         resume: str = "drain",
-        blocks: Sequence[int] | None = None,
+        blocks: Iterable[SupportsIndex] | None = None,
         dummy: bool = False,
         tag: str = "",
     ) -> Receiver:
@@ -352,7 +352,7 @@ class Endpoint:
         return driver.call(lambda: question(driver)).result(CALL_S)
 
     def _grant_size(
-        self, tokens: int | None, resume: str, blocks: Sequence[int] | None, dummy: bool
+        self, tokens: int | None, resume: str, blocks: Iterable[SupportsIndex] | None, dummy: bool
     ) -> tuple[tuple[int, ...], int]:
         """The blocks the engine chose, and how many blocks one grant has (0 for a dummy rank)."""
         if resume not in ("drain", "extend", "manual"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import operator
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, Protocol, SupportsIndex
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.deadlines import Gate
@@ -22,7 +23,7 @@ from kvpoll_fsm.view import RoomView
 __all__ = ["Receiver", "Sender"]
 
 
-def plain_block_ids(pool: BlockPool, given: Iterable[Any], at_least: int = 0) -> tuple[int, ...]:
+def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: int = 0) -> tuple[int, ...]:
     """Block ids as integers of Python's own; engines keep them in arrays.
 
     Raises:
@@ -40,7 +41,7 @@ def plain_block_ids(pool: BlockPool, given: Iterable[Any], at_least: int = 0) ->
     return ids
 
 
-def _plain_count(name: str, value: Any) -> int:
+def _plain_count(name: str, value: SupportsIndex) -> int:
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -197,7 +198,7 @@ class Sender(Room):
         self._source, self._total_tokens = source, source.total_tokens
         self._supply(source.total_tokens, staged=True)
 
-    def open(self, total_tokens: int) -> None:
+    def open(self, total_tokens: SupportsIndex) -> None:
         """Say how many tokens the room will have; `send_blocks()` brings them.
 
         Raises:
@@ -209,7 +210,7 @@ class Sender(Room):
         self._total_tokens = _plain_count("total_tokens", total_tokens)
         self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
 
-    def send_blocks(self, block_ids: Sequence[int], tokens: int) -> None:
+    def send_blocks(self, block_ids: Iterable[SupportsIndex], tokens: SupportsIndex) -> None:
         """Send the next `tokens` tokens, which lie in these blocks from the start of the first on.
 
         May be called any number of times (chunked prefill) until the total is reached. `is_last` follows
@@ -222,15 +223,15 @@ class Sender(Room):
         if not isinstance(self._source, EngineBlocks):
             raise InvalidInput("call open(total_tokens) before send_blocks()")
         pool = self._owner.pool
-        blocks, tokens = plain_block_ids(pool, block_ids), _plain_count("tokens", tokens)
-        needed = pool.layout.blocks_for(tokens)
+        blocks, count = plain_block_ids(pool, block_ids), _plain_count("tokens", tokens)
+        needed = pool.layout.blocks_for(count)
         if needed != len(blocks):
-            raise InvalidInput(f"{tokens} tokens take {needed} blocks here, {len(blocks)} were given")
-        if self._ready_tokens + tokens > self._total_tokens:
-            raise InvalidInput(f"{self._ready_tokens + tokens} tokens in a room opened for {self._total_tokens}")
+            raise InvalidInput(f"{count} tokens take {needed} blocks here, {len(blocks)} were given")
+        if self._ready_tokens + count > self._total_tokens:
+            raise InvalidInput(f"{self._ready_tokens + count} tokens in a room opened for {self._total_tokens}")
         source = self._source
-        self._driver.post(lambda: source.add(blocks, tokens))
-        self._supply(self._ready_tokens + tokens, staged=False)
+        self._driver.post(lambda: source.add(blocks, count))
+        self._supply(self._ready_tokens + count, staged=False)
 
     def _require_unsent(self) -> None:
         if self._source is not None:
@@ -286,11 +287,14 @@ class Receiver(Room):
         ended = asyncio.Event()
 
         def tell() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
                 loop.call_soon_threadsafe(ended.set)
 
         self.view.call_when_ended(tell)
-        await ended.wait()
+        try:
+            await ended.wait()
+        finally:
+            self.view.call_no_more(tell)
         return self.result(timeout=0)
 
     @property
@@ -299,7 +303,7 @@ class Receiver(Room):
         parts = self.view.parts
         return parts[-1] if parts else None
 
-    def resume(self, blocks: Sequence[int]) -> None:
+    def resume(self, blocks: Iterable[SupportsIndex]) -> None:
         """Grant these blocks for the next part (`manual`).
 
         Raises:

@@ -1,4 +1,9 @@
-"""Reservations of receivers whose room is not open here yet, or belongs to an earlier life still."""
+"""Reservations of receivers whose room is not open here yet, or belongs to an earlier life still.
+
+A receiver that was dismissed (told of the end of a room it was never let into) may have reserved again before it
+heard of that. Such a reservation is void, its blocks are given back: it is neither parked nor let in. The
+receiver's Abort, which it answers with, comes after all it ever said of that life, and ends the memory of it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,24 @@ from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.messages import Abort, Message, Quiesced, Reserve, Withdraw, Withdrawn
 from kvpoll_fsm.poll import KVPoll
 
-__all__ = ["MAX_PARKED", "Parked", "Parking"]
+__all__ = ["MAX_PARKED", "Life", "Parked", "Parking"]
 
 MAX_PARKED = 1 << 16
 """Rooms that are kept at most; the one that has waited longest makes place for a new one."""
+
+
+class Life(NamedTuple):
+    """One life of a receiver rank, as its sender's endpoint knows it."""
+
+    conn: int
+    room: int
+    rank: int
+    generation: int
+
+    @classmethod
+    def of(cls, conn: int, message: Reserve | Abort | Withdraw) -> Life:
+        """The receiver that a message is from, or to."""
+        return cls(conn, message.room, message.rank, message.receiver_generation)
 
 
 class Parked(NamedTuple):
@@ -23,18 +42,20 @@ class Parked(NamedTuple):
     conn: int
     reserve: Reserve
 
-    def is_of(self, conn: int, generation: int) -> bool:
-        """Whether it was made by this life of the receiver."""
-        return (self.conn, self.reserve.receiver_generation) == (conn, generation)
+    @property
+    def life(self) -> Life:
+        """Who made it."""
+        return Life.of(self.conn, self.reserve)
 
 
 class Parking:
     """At most one reservation for each rank of a room; nothing is kept of a room without any."""
 
-    __slots__ = ("_rooms",)
+    __slots__ = ("_dismissed", "_rooms")
 
     def __init__(self) -> None:
         self._rooms: dict[int, dict[int, Parked]] = {}
+        self._dismissed: dict[Life, None] = {}
 
     def park(self, conn: int, reserve: Reserve) -> tuple[int, Abort] | None:
         """Keep a reservation.
@@ -47,9 +68,24 @@ class Parking:
         room[reserve.rank] = Parked(conn, reserve)
         if len(self._rooms) > MAX_PARKED:
             del self._rooms[next(iter(self._rooms))]
-        if before is None or before.is_of(conn, reserve.receiver_generation):
+        if before is None or before.life == Life.of(conn, reserve):
             return None
         return before.conn, displaced(before.reserve)
+
+    def dismiss(self, conn: int, abort: Abort) -> None:
+        """A receiver that was not let in is told of the end: what it reserved meanwhile is void."""
+        self._dismissed[Life.of(conn, abort)] = None
+
+    def is_dismissed(self, conn: int, reserve: Reserve) -> bool:
+        """Whether this reservation is void."""
+        return Life.of(conn, reserve) in self._dismissed
+
+    def gave_up(self, conn: int, abort: Abort) -> None:
+        """A receiver has ended its life of a room, and says no more of it."""
+        life = Life.of(conn, abort)
+        self._dismissed.pop(life, None)
+        if self._find(life) is not None:
+            self._delete(life.room, life.rank)
 
     def adopt(self, room: int) -> tuple[Parked, ...]:
         """Take out all reservations of a room, in the order in which the ranks came."""
@@ -62,18 +98,21 @@ class Parking:
             The answer it waits for, if any.
         """
         if isinstance(message, Abort):
-            self._forget(conn, message)
             return Quiesced(**_address(message))
         if isinstance(message, Withdraw):
-            self._drop_grant(conn, message)
+            parked = self._find(Life.of(conn, message))
+            if parked is not None:  # the rank stays, its blocks go
+                self._rooms[message.room][message.rank] = Parked(conn, replace(parked.reserve, grant=None))
             return Withdrawn(part=message.part, ok=True, **_address(message))
         return None
 
     def hang_up(self, conn: int) -> None:
-        """A connection has ended, and with it every reservation that came by it."""
-        gone = [(room, rank) for room, rank, parked in self._all() if parked.conn == conn]
-        for room, rank in gone:
-            self._delete(room, rank)
+        """A connection has ended, and with it every life that was known by it."""
+        gone = [parked.life for parked in self._all() if parked.conn == conn]
+        for life in gone:
+            self._delete(life.room, life.rank)
+        for life in [life for life in self._dismissed if life.conn == conn]:
+            del self._dismissed[life]
 
     def __len__(self) -> int:
         return sum(map(len, self._rooms.values()))
@@ -82,30 +121,20 @@ class Parking:
         """A copy that shares nothing mutable."""
         copy = Parking()
         copy._rooms = {room: dict(ranks) for room, ranks in self._rooms.items()}
+        copy._dismissed = dict(self._dismissed)
         return copy
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
-        return tuple(self._all())
+        return (tuple(self._all()), tuple(self._dismissed))
 
-    def _all(self) -> Iterator[tuple[int, int, Parked]]:
-        for room, ranks in self._rooms.items():
-            for rank, parked in ranks.items():
-                yield room, rank, parked
+    def _all(self) -> Iterator[Parked]:
+        for ranks in self._rooms.values():
+            yield from ranks.values()
 
-    def _find(self, conn: int, message: Abort | Withdraw) -> Parked | None:
-        parked = self._rooms.get(message.room, {}).get(message.rank)
-        return parked if parked is not None and parked.is_of(conn, message.receiver_generation) else None
-
-    def _forget(self, conn: int, message: Abort) -> None:
-        if self._find(conn, message) is not None:
-            self._delete(message.room, message.rank)
-
-    def _drop_grant(self, conn: int, message: Withdraw) -> None:
-        """The rank stays, its blocks go."""
-        parked = self._find(conn, message)
-        if parked is not None:
-            self._rooms[message.room][message.rank] = Parked(conn, replace(parked.reserve, grant=None))
+    def _find(self, life: Life) -> Parked | None:
+        parked = self._rooms.get(life.room, {}).get(life.rank)
+        return parked if parked is not None and parked.life == life else None
 
     def _delete(self, room: int, rank: int) -> None:
         ranks = self._rooms[room]

@@ -417,8 +417,11 @@ class ReceiverSession(Session):
             self._now_quiescent()
 
     def _peer_failed(self, failure: Failure, quiescent: bool, event: LifecycleEvent | None) -> None:
-        """The sender's verdict; its word that nothing is in flight spares us the fence."""
-        self._fail(failure, event, tell=False)
+        """The sender's verdict; its word that nothing is in flight spares us the fence.
+
+        Before Opened it is answered: the sender must know where the reservations of this life end.
+        """
+        self._fail(failure, event, tell=self.state is KVPoll.Bootstrapping)
         if quiescent:
             self._now_quiescent()
 

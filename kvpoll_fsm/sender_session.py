@@ -57,6 +57,7 @@ class RankSlot:
         reading: Writes ended, but may read the source still.
         told: The rank knows that nothing is in flight after the room's end.
         waits_for_blocks: Its last heartbeat said so.
+        gave_up: It has ended the room itself, and waits for no more than word that nothing is in flight.
     """
 
     conn: int
@@ -72,6 +73,7 @@ class RankSlot:
     reading: bool = False
     told: bool = False
     waits_for_blocks: bool = False
+    gave_up: bool = False
     attempt: int = 0
 
     @property
@@ -135,6 +137,11 @@ class SenderSession(Session):
         """Terminal, and no write of this room can land or read its source any more."""
         busy = any(slot.in_flight or slot.reading for slot in self.slots.values())
         return self.state.is_terminal and not busy and not self._blocks
+
+    @property
+    def was_opened(self) -> bool:
+        """All ranks were there once, and were told Opened."""
+        return KVPoll.WaitingForInput in self.history
 
     def binds(self, conn: int, rank: int, generation: int) -> bool:
         """Whether this receiver's life of the room is the one bound here."""
@@ -466,6 +473,8 @@ class SenderSession(Session):
 
     def _tell_abort(self, failure: Failure) -> None:
         for rank, slot in self.slots.items():
+            if slot.gave_up:
+                continue
             slot.told = not slot.in_flight
             abort = messages.Abort(failure=failure, quiescent=slot.told, **self._ids(rank))
             self._send(slot.conn, abort)
@@ -485,6 +494,7 @@ class SenderSession(Session):
             self._do(Release(self.part))
 
     def _aborted(self, conn: int, message: messages.Abort) -> None:
+        self.slots[message.rank].gave_up = True
         self._fail(replace(message.failure, rank=message.rank))
 
     def _peer_gone(self, event: inputs.PeerGone) -> None:

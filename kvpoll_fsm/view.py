@@ -105,3 +105,8 @@ class RoomView:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    def call_no_more(self, callback: Callable[[], None]) -> None:
+        """Forget a callback; unknown ones are ignored."""
+        with self.changed:
+            self._callbacks = [other for other in self._callbacks if other is not callback]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Failure, Field, KVPoll, Layout, Receiver, Sender
 from kvpoll_fsm.handles import Room
 from kvpoll_memory import Faults
@@ -148,8 +149,7 @@ def deadlines(**seconds: float) -> Deadlines:
 
 def parked(endpoint: Endpoint) -> int:
     """Reservations at this endpoint that wait for a sender to open their room."""
-    core = endpoint.driver.core
-    return len(core.parking if hasattr(core, "parking") else core._parked)
+    return len(endpoint.driver.core.parking)
 
 
 def on_driver(endpoint: Endpoint, function: Callable[[], Any]) -> Any:

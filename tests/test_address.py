@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kvpoll_fsm import Address, AddressError
 
 KEY = bytes(range(40))
@@ -75,7 +76,7 @@ def test_what_is_no_text_is_no_address(value: object) -> None:
 def test_nobody_reaches_a_wildcard(host: str) -> None:
     address = Address.parse(f"tcp://{host}:80")
     assert address.is_wildcard
-    with pytest.raises(AddressError, match="wildcard.*advertise="):
+    with pytest.raises(AddressError, match=r"wildcard.*advertise="):
         address.require_reachable()
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvpoll_fsm import Address, AddressError, Deadlines, Endpoint, InvalidInput, PolicyError
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.security import Keys, generate_keys
 from kvpoll_fsm.selection import Policy
-
 from tests.helpers import pool
 
 HERE = Address.parse("tcp://127.0.0.1:0")
@@ -104,6 +104,6 @@ def test_keys_must_be_there_and_closed_to_others(tmp_path: Path) -> None:
     secret.chmod(0o644)
     with pytest.raises(InvalidInput, match="chmod 600"):
         Endpoint(pool=pool(1), keys=secret, authorized=tmp_path)
+    public.chmod(0o600)
     with pytest.raises(InvalidInput, match=r"give the \.key_secret file"):
-        public.chmod(0o600)
         Endpoint(pool=pool(1), keys=public, authorized=tmp_path)

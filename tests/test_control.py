@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+
 from kvpoll_fsm import Address, AddressError, Endpoint, FailureCode, KVPoll, UnsupportedVersion
 from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.control import Control
@@ -25,7 +26,6 @@ from kvpoll_fsm.messages import (
     encode,
 )
 from kvpoll_fsm.security import generate_keys
-
 from tests.helpers import LAYOUT, SOON_S, deadlines, endpoint, failed, on_driver, pair, parked, transfer, until
 
 HERE = Address.parse("tcp://127.0.0.1:0")
@@ -234,8 +234,10 @@ def test_packets_meant_for_others_change_nothing() -> None:
         assert decode(dealer.recv()) == Stranger(us, b"t" * 16)
         dealer.send(encode(Welcome(answers=us, **introduction(ME, LAYOUT, ()))))  # nobody asked
         dealer.send(encode(Stranger(ME, us)))
-        dealer.send(encode(Frame(us, us, False)))  # our own voice
-        assert decode(dealer.recv()) == Stranger(us, us)
+        dealer.send(encode(Frame(us, us, False)))  # our own voice, played back
+        dealer.send(encode(Frame(peer or ME, us, False)))
+        dealer.send(encode(Frame(ME, us, True)))
+        assert decode(dealer.recv()) == Stranger(us, us), "the first that is answered again"
         assert counts(tx) == before
         assert [c.peer for c in tx.driver.core.connections.values()] == [peer]
         transfer(tx, rx, 2)

@@ -21,6 +21,7 @@ from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions, SenderSession
+from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.testing.hosts import Host
 from kvpoll_fsm.testing.invariants import check_nothing_left
 from kvpoll_fsm.testing.world import SENDER, World
@@ -182,7 +183,7 @@ def test_a_parked_reservation_goes_with_its_receiver(how: str) -> None:
     one.abort("r1")
     one.world.run()
     assert len(parking) == 0
-    assert parking.key() == ()
+    assert parking.key() == ((), ())
 
 
 @pytest.mark.parametrize("opened", [False, True])
@@ -205,6 +206,37 @@ def test_the_later_of_two_receivers_takes_the_place_and_the_other_is_told(opened
     one.world.run()
     assert one.tx.state is S
     assert one.world.session("r2", one.receivers[0]).state is S
+
+
+def test_a_reservation_made_before_the_end_was_heard_is_void() -> None:
+    """Its blocks go back when the end is heard: the next life of the room must not write to them."""
+    one = world()
+    other, late = Transfer(one, 500, room=1), Transfer(one, 500, room=2)
+    other.open(supply=False)
+    one.run()
+    late.open()
+    one.run()
+    assert late.rx().gate is Gate.waiting_blocks  # reserved without blocks, and bound by the sender
+    late.abort(SENDER)
+    told, one.network = one.network, []
+    other.abort("r0")
+    one.run()  # the other room ends, late gets its blocks and reserves with them
+    assert late.rx().gate is Gate.waiting_ranks
+    assert late.sender is not None
+    one.clear(SENDER, late.sender)
+    again = one.open_sender(2)
+    assert not one.session(SENDER, again).slots  # type: ignore[attr-defined]
+    one.network += told
+    rest(one)
+    assert late.rx().state is F
+    late.receivers.clear()
+    late.sender = again
+    one.clear("r0", RoomKey("receiver", 2, 0, 2))
+    late.open_receiver()
+    one.supply(again, 500)
+    rest(one)
+    late.assert_success()
+    end(one, other, late)
 
 
 def test_a_rank_of_another_room_size_is_told_why_it_is_refused() -> None:

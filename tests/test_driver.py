@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import kvpoll_fsm.driver
 import kvpoll_fsm.incoming
 import kvpoll_fsm.outgoing
-import pytest
 from kvpoll_fsm import Endpoint, EndpointClosed, FailureCode, InvalidInput, KVPoll, TransportUnavailable
 from kvpoll_fsm.driver import POLL_INTERVAL_S
 from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.staging import stage
 from kvpoll_memory import Faults, MemoryTransport
-
 from tests.helpers import (
     SOON_S,
     TRANSPORTS,
@@ -99,6 +100,7 @@ def test_close_with_a_transport_that_never_ends_a_ticket(monkeypatch: pytest.Mon
     monkeypatch.setattr(kvpoll_fsm.driver, "FLUSH_S", 0.1)
     with nothing_left(), pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
+        until(lambda: receiver.poll() is W)
         on_driver(tx, lambda: monkeypatch.setattr(tx.driver.transports["memory"], "completions", list))
         sender.send(make_data(10))
         with driver_stopped(rx):  # and its peer acknowledges nothing
@@ -280,7 +282,7 @@ def test_poll_needs_no_lock_and_no_driver() -> None:
         with driver_stopped(tx), driver_stopped(rx):
             for handle, owner in ((sender, tx), (receiver, rx)):
                 with handle.view.changed, owner._lock, owner.driver._wake_lock:
-                    polling = threading.Thread(target=lambda h=handle: polls.append(h.poll()), daemon=True)  # type: ignore[misc]
+                    polling = threading.Thread(target=lambda h=handle: polls.append(h.poll()), daemon=True)
                     polling.start()
                     polling.join(SOON_S)
         assert polls == [W, W]
@@ -364,7 +366,7 @@ def test_an_exception_of_a_room_leaves_those_in_flight_alone(monkeypatch: pytest
         sender, receiver = open_pair(tx, rx, 1)
         sender.send(make_data(64))
         until(lambda: faults.submitted)
-        monkeypatch.setattr(kvpoll_fsm.outgoing, "stage", raises_once(kvpoll_fsm.outgoing.stage))
+        monkeypatch.setattr(kvpoll_fsm.outgoing, "stage", raises_once(stage))
         poisoned, _ = open_pair(tx, rx, 2)
         poisoned.send(make_data(64))
         assert "native crash" in failed(poisoned).detail
@@ -376,9 +378,11 @@ def test_a_request_that_raises_is_the_hosts_own(caplog: pytest.LogCaptureFixture
     with pair() as (tx, rx):
         with pytest.raises(ZeroDivisionError):
             on_driver(tx, lambda: 1 // 0)
-        tx.driver.post(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+        tx.driver.post(lambda: 1 // 0)  # type: ignore[arg-type]
         transfer(tx, rx, 1)
-        assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == ["request failed"]
+        assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
+            "request failed"
+        ]
 
 
 def test_a_driver_that_fails_ends_every_room_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +409,36 @@ def test_a_driver_that_fails_ends_every_room_and_says_why(monkeypatch: pytest.Mo
         assert failed(first).code is FailureCode.InternalError, "the first cause stays"
         tx.close()
         tx.close()
+
+
+@pytest.mark.parametrize("what", ["transport", "control", "recorder"])
+def test_what_cannot_be_closed_keeps_nobody(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is given back, and whoever asks is answered."""
+    tx = endpoint("prefer:memory,tcp").start()
+    driver, sender = tx.driver, tx.sender(1)
+    owner: Any = {"transport": driver.transports["memory"], "control": driver._control, "recorder": driver.recorder}[
+        what
+    ]
+    close = owner.close
+
+    def explode() -> None:
+        close()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(owner, "close", explode)
+    tx.close()
+    assert failed(sender).detail == "the endpoint was closed"
+    assert sender.wait_quiescent(0)
+    assert driver._wakeup == -1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvpoll")]
+    with pytest.raises(EndpointClosed):
+        tx.load()
+
+
+@pytest.mark.xfail(strict=True, reason="an OSError of the recorder ends the driver")
+def test_a_trace_that_cannot_be_written_harms_no_room() -> None:
+    with pair(rx={"trace": "/dev/full"}) as (tx, rx):
+        transfer(tx, rx, 1)
 
 
 # Nothing grows
@@ -440,6 +474,21 @@ def leftovers(endpoint: Endpoint) -> dict[str, Any]:
 
     found: dict[str, Any] = on_driver(endpoint, look)
     return found
+
+
+def test_a_room_that_failed_keeps_no_arrays_though_its_handle_is_kept() -> None:
+    faults = Faults()
+    faults.hold(1)
+    with pair(faults=faults) as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1, tokens=16)
+        sender.send(make_data(40))
+        until(lambda: faults.submitted == 2)
+        assert rx.driver.incoming._destinations
+        sender.abort("enough")
+        for handle in (sender, receiver):
+            failed(handle)
+            assert handle.wait_quiescent(SOON_S)
+        until(lambda: not rx.driver.incoming._destinations and not tx.driver.outgoing.sources)
 
 
 def test_a_thousand_rooms_leave_nothing_behind() -> None:
@@ -493,7 +542,12 @@ def test_a_driver_at_rest_sleeps() -> None:
 
         def count() -> None:
             turn = tx.driver._turn
-            tx.driver._turn = lambda: (turns.append(1), turn())[1]  # type: ignore[method-assign]
+
+            def counted() -> None:
+                turns.append(1)
+                turn()
+
+            tx.driver._turn = counted  # type: ignore[method-assign]
 
         on_driver(tx, count)
         threading.Event().wait(0.3)

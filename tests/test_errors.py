@@ -122,6 +122,12 @@ RETRYABLE = {
 }
 
 
+def test_codes_travel_and_never_change() -> None:
+    others = ["Aborted", "ProtocolError", "TransportUnavailable", "LayoutMismatch", "UnsupportedVersion"]
+    others += ["RequestTooLarge", "InternalError"]
+    assert {code.value for code in FailureCode} == {code.value for code in RETRYABLE} | set(others)
+
+
 @pytest.mark.parametrize("code", list(FailureCode))
 def test_failure_knows_whether_to_retry(code: FailureCode) -> None:
     failure = Failure.of(code, "why", state=KVPoll.WaitingForInput)

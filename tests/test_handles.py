@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from kvpoll_fsm import (
     BlockPool,
     Endpoint,
@@ -22,9 +23,9 @@ from kvpoll_fsm import (
     TransferFailed,
 )
 from kvpoll_memory import Faults
-
 from tests.helpers import (
     BLOCK_TOKENS,
+    FIELDS,
     LAYOUT,
     ROOM_NBYTES,
     SOON_S,
@@ -139,9 +140,25 @@ def test_an_await_that_is_given_up_leaves_the_room_alone() -> None:
 
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
-        asyncio.run(receive(receiver))  # its loop is closed by the time the room ends
+        asyncio.run(receive(receiver))
+        assert receiver.view._callbacks == [], "an engine that polls so leaves nothing behind"
         sender.send(data)
         assert same(receiver.result(SOON_S), data)
+
+
+def test_a_loop_that_was_closed_while_it_awaited_harms_nobody() -> None:
+    with pair() as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1)
+        loop = asyncio.new_event_loop()
+        awaiting = loop.create_task(receiver._result_async())
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        assert receiver.view._callbacks
+        sender.send(make_data(10))
+        assert receiver.wait(SOON_S) is S
+        transfer(tx, rx, 2)
+        with pytest.raises(RuntimeError, match="Event loop is closed"):
+            awaiting.cancel()
 
 
 def test_a_timeout_leaves_the_room_alone() -> None:
@@ -282,6 +299,48 @@ def test_tensors_in_and_tensors_out(transport: str, arrays: str) -> None:
         assert {name: value.shape for name, value in got.items()} == {name: value.shape for name, value in data.items()}
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_large_part_goes_in_several_tickets_and_shows_progress(transport: str) -> None:
+    layout = Layout(256, [Field("kv", "uint8", (32_768,)), Field("ids", "int32")])
+    random = np.random.default_rng(5)
+    data = {"kv": random.integers(0, 256, (1100, 32_768), np.uint8), "ids": np.arange(1100, dtype=np.int32)}
+    faults = Faults()
+    faults.hold(2)  # of 36 MB, in tickets of at most 16 MiB
+    with pair(transport, faults=faults, tx={"pool": BlockPool(layout, 5)}, rx={"pool": BlockPool(layout, 5)}) as (
+        tx,
+        rx,
+    ):
+        sender, receiver = open_pair(tx, rx, 1, tokens=1280)
+        sender.send(data)
+        if transport == "memory":
+            until(lambda: sender.bytes_done == 32 << 20)
+            assert not sender.poll().is_terminal
+            faults.release()
+        assert same(receiver.result(SOON_S), data)
+        assert [part.tokens for part in receiver.parts] == [1100]
+        assert sender.wait(SOON_S) is S
+        assert sender.bytes_done == 1100 * 32_772
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_thousands_of_scattered_blocks(transport: str) -> None:
+    """More pieces than one ticket may have, in any order on both sides."""
+    layout, blocks = Layout(1, FIELDS), 3000
+    (theirs, source), (ours, target) = adopted(blocks, layout), adopted(blocks, layout)
+    random, data = np.random.default_rng(6), make_data(blocks)
+    there, here = random.permutation(blocks), random.permutation(blocks)
+    source["embeddings"][there, 0], source["fill_ids"][there, 0] = data["embeddings"], data["fill_ids"]
+    source["aux"][there[0]] = data["aux"]
+    with pair(transport, tx={"pool": theirs}, rx={"pool": ours}) as (tx, rx):
+        sender, receiver = open_pair(tx, rx, (1 << 63) - 1, tokens=None, resume="manual", blocks=here)
+        sender.open(blocks)
+        sender.send_blocks(there, blocks)
+        assert receiver.wait(SOON_S) is S
+        assert (target["embeddings"][here, 0] == data["embeddings"]).all()
+        assert (target["fill_ids"][here, 0] == data["fill_ids"]).all()
+        assert (target["aux"][here[0]] == data["aux"]).all()
+
+
 # What cannot be sent
 
 
@@ -294,7 +353,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_sent() -> None:
         ({k: v for k, v in good.items() if k != "aux"}, LayoutError, "field 'aux': missing"),
         ({**good, "extra": good["aux"]}, LayoutError, "field 'extra': not in the layout"),
         ({**good, "fill_ids": good["fill_ids"].astype(np.int64)}, LayoutError, "field 'fill_ids'.*int64.*int32"),
-        ({**good, "embeddings": good["embeddings"][:, :4]}, LayoutError, "field 'embeddings'.*give it the wanted shape"),
+        (
+            {**good, "embeddings": good["embeddings"][:, :4]},
+            LayoutError,
+            "field 'embeddings'.*give it the wanted shape",
+        ),
         ({**good, "aux": good["aux"][:2]}, LayoutError, "field 'aux'"),
         ({**good, "fill_ids": good["fill_ids"][:9]}, LayoutError, "field 'fill_ids': has 9 tokens where"),
         ({**good, "fill_ids": good["fill_ids"].tolist()}, LayoutError, "field 'fill_ids'.*convert it"),
@@ -639,6 +702,23 @@ def test_a_cleared_room_still_tells_when_its_arrays_are_free() -> None:
         assert sender.wait_quiescent(SOON_S)
         assert failed(sender).code is FailureCode.Aborted
         assert failed(receiver).code is FailureCode.Aborted
+
+
+def test_a_cleared_handle_has_no_hold_on_the_next_room_of_its_number() -> None:
+    with pair() as (tx, rx):
+        old_sender, old = open_pair(tx, rx, 1)
+        until(lambda: old.poll() is W)
+        old_sender.clear()
+        old.clear()
+        sender, receiver = open_pair(tx, rx, 1)
+        for handle in (old_sender, old):
+            handle.clear()
+            handle.abort("from the past")
+        old_sender.send(make_data(5))
+        data = make_data(100)
+        sender.send(data)
+        assert same(receiver.result(SOON_S), data)
+        assert failed(old).code is failed(old_sender).code is FailureCode.Aborted
 
 
 def test_methods_may_be_called_from_any_thread() -> None:

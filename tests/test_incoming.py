@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
 from kvpoll_fsm.errors import FailureCode, InvalidInput

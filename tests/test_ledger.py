@@ -120,6 +120,12 @@ def test_a_total_below_what_is_covered_is_refused(total: int) -> None:
     assert ledger.total_tokens is None
 
 
+def test_the_total_may_turn_out_to_be_what_is_covered() -> None:
+    ledger = Ledger(4)
+    ledger.learn_total(4)
+    assert ledger.complete
+
+
 def test_a_total_may_be_learnt_again_but_not_change() -> None:
     ledger = Ledger()
     ledger.learn_total(10)

@@ -8,7 +8,6 @@ from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions, SenderSession
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.view import RoomView
-
 from tests.helpers import SOON_S
 
 CAUSE = Failure.of(FailureCode.Aborted, "because", state=KVPoll.Bootstrapping)
@@ -108,3 +107,15 @@ def test_calls_back_once_and_at_once_if_it_is_over() -> None:
     assert calls == [1]
     seen.call_when_ended(lambda: calls.append(2))
     assert calls == [1, 2]
+
+
+def test_calls_back_only_who_still_wants_it() -> None:
+    seen = view()
+    calls: list[int] = []
+    callbacks = [lambda: calls.append(1), lambda: calls.append(2)]
+    for callback in callbacks:
+        seen.call_when_ended(callback)
+    seen.call_no_more(callbacks[0])
+    seen.call_no_more(callbacks[0])
+    seen.fail(CAUSE)
+    assert calls == [2]

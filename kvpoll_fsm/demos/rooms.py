@@ -111,20 +111,28 @@ class Side:
 
     def _look(self, room: int, handle: Room) -> None:
         """A room has moved on: say so."""
-        history, state = handle.history, handle.poll()
-        if history[-1].is_terminal and room not in self._ended_s:
+        history = handle.history
+        ended = history[-1].is_terminal
+        if ended and room not in self._ended_s:
             return  # the callback comes a moment after the state, and wakes us
         self._shown[room] = history
         self._report("states", room=room, states=names(history), at_s=time.monotonic())
-        if state.is_terminal:
+        if ended:
             del self._live[room]
             self._over(room, handle)
+        else:
+            self._moved(room, history[-1])
+
+    def _moved(self, room: int, state: KVPoll) -> None:
+        """A room has come to a state that is not its last."""
 
     def _count_bytes(self) -> None:
         now = time.monotonic()
         if now < self._next_bytes_s:
             return
         self._next_bytes_s = now + BYTES_EVERY_S
+        if self._live:
+            next(iter(self._live.values())).poll()  # one call is a sign of life for all: the host is not stuck
         landed = {room: handle.bytes_done for room, handle in self._live.items()}
         grown = {room: nbytes for room, nbytes in landed.items() if nbytes != self._landed.get(room, 0)}
         self._landed = landed
@@ -188,9 +196,8 @@ class SenderSide(Side):
                 self._data[sender.room] = {}
                 self._work.append(self._feed(sender.room, sender))
 
-    def _look(self, room: int, handle: Room) -> None:
-        super()._look(room, handle)
-        if self._shown[room][-1:] == (KVPoll.WaitingForInput,):
+    def _moved(self, room: int, state: KVPoll) -> None:
+        if state is KVPoll.WaitingForInput:
             self._hungry.append(self._handles[room])
 
     def _feed(self, room: int, sender: Sender) -> Iterator[None]:

@@ -41,7 +41,7 @@ def check_nothing_left(world: World) -> None:
     for host in world.hosts.values():
         core = host.core
         assert not core.sessions, f"{host.name} keeps {list(core.sessions)}"
-        assert not core.parking.key(), f"{host.name} keeps {core.parking.key()}"
+        assert core.parking.key() == ((), ()), f"{host.name} keeps {core.parking.key()}"
         assert not core.accounts.leases(), f"{host.name} leases {core.accounts.leases()}"
         assert core.load().free == core.load().total
         assert core.load().queued == 0

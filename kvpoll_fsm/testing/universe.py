@@ -133,6 +133,7 @@ class Scene:
         resume: "drain" or "extend".
         dummies: Ranks that hold no data.
         faults: How many of which kind.
+        opened: Begin where all rooms are past Bootstrapping; how they came there is for other scenes.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Scene:
     resume: str = "drain"
     dummies: tuple[int, ...] = ()
     faults: Budget = field(default_factory=Budget)
+    opened: bool = False
 
 
 class Node:
@@ -211,7 +213,13 @@ class Universe:
         for name in (SENDER, *(f"r{rank}" for rank in range(scene.ranks))):
             universe._boot(name)
         universe.opens = tuple(_openings(scene))
+        while scene.opened and not universe._all_open():
+            universe = universe.step(universe.progress()[0])
         return universe
+
+    def _all_open(self) -> bool:
+        sessions = [s for node in self.nodes.values() for s in node.core.sessions.values()]
+        return not self.opens and all(session.state is not KVPoll.Bootstrapping for session in sessions)
 
     def clone(self) -> Universe:
         """A copy; nodes are shared until one is changed."""

@@ -7,13 +7,21 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.harness import Cluster
+from tests.faults.processes import Mother
 from tests.faults.proxy import Proxy
 
 
+@pytest.fixture(scope="session")
+def mother() -> Iterator[Mother]:
+    made = Mother()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(mother: Mother) -> Iterator[Cluster]:
     """Processes that are ended with the test; none may have written a traceback or a warning."""
-    made = Cluster()
+    made = Cluster(mother)
     try:
         yield made
     finally:

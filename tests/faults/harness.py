@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.faults.processes import Mother
 from tests.faults.proxy import Proxy
 
 __all__ = [
@@ -46,9 +47,16 @@ GRANT = 32
 
 
 class Worker:
-    """One process with one endpoint, which is opened at once unless `settings` is None."""
+    """One process, as yet without an endpoint.
 
-    def __init__(self, label: str) -> None:
+    Attributes:
+        address: Of the endpoint that was opened last.
+        data_port: Where that endpoint's tcp transport really listens, whatever it advertises.
+        may_complain: The test expects something on stderr.
+        events: What the process has said of its own accord.
+    """
+
+    def __init__(self, mother: Mother, label: str) -> None:
         self.label = label
         self.address = ""
         self.data_port = 0
@@ -58,15 +66,12 @@ class Worker:
         self._orders = 0
         self._eof = False
         self._changed = threading.Condition()
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115: closed in `end`
-        script = Path(__file__).with_name("worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        self.process = mother.start(theirs_in, theirs_out, self._errors.fileno())
+        os.close(theirs_in)
+        os.close(theirs_out)
         self._reader = threading.Thread(target=self._read, name=f"reads {label}", daemon=True)
         self._reader.start()
 
@@ -75,9 +80,7 @@ class Worker:
     def post(self, do: str, **order: Any) -> int:
         """Give an order; `answer` waits for what comes of it."""
         self._orders += 1
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"id": self._orders, "do": do, **order}) + "\n")
-        self._process.stdin.flush()
+        os.write(self._out, json.dumps({"id": self._orders, "do": do, **order}).encode() + b"\n")
         return self._orders
 
     def answer(self, order: int, timeout_s: float = ANSWER_S) -> Any:
@@ -104,10 +107,10 @@ class Worker:
 
     def event(self, name: str, timeout_s: float = ANSWER_S) -> Any:
         """Wait for something the worker says of its own accord."""
-        found = lambda: [e for e in self.events if e["event"] == name]  # noqa: E731
-        self._await(lambda: bool(found()) or self._eof, timeout_s)
-        assert found(), f"{self.label} never said {name}: {self.complaints()}"
-        return found()[0]["value"]
+        self._await(lambda: any(said["event"] == name for said in self.events) or self._eof, timeout_s)
+        values = [said["value"] for said in self.events if said["event"] == name]
+        assert values, f"{self.label} never said {name}: {self.complaints()}"
+        return values[0]
 
     # Rooms, in short
 
@@ -129,32 +132,25 @@ class Worker:
 
     def kill(self) -> None:
         """End the process without a word."""
-        self._process.kill()
-        self._process.wait(ANSWER_S)
+        self.process.signal(signal.SIGKILL)
+        self.process.wait()
 
     def stop(self) -> None:
-        """Freeze the process, and wait until it is frozen."""
-        self._process.send_signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self._process.pid}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            pass
+        """Freeze the process, and wait until all of its threads are frozen."""
+        self.process.signal(signal.SIGSTOP)
+        ends_s = time.monotonic() + ANSWER_S
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            while (thread / "stat").read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < ends_s, f"{self.label} does not stop"
 
     def resume(self) -> None:
         """Let a frozen process go on."""
-        self._process.send_signal(signal.SIGCONT)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        self._process.send_signal(number)
-
-    def wait_exit(self, timeout_s: float = ANSWER_S) -> int:
-        """The exit status, once the process has ended by itself."""
-        return self._process.wait(timeout_s)
+        self.process.signal(signal.SIGCONT)
 
     def exit(self) -> int:
-        """Let the process end in order, but without closing its endpoints."""
+        """Let the process end in order, but without closing its endpoints; returns its exit status."""
         self.post("exit")
-        return self.wait_exit()
+        return self.process.wait()
 
     # The end
 
@@ -165,27 +161,25 @@ class Worker:
 
     def end(self) -> str:
         """End the process if it runs; returns its complaints unless they were expected."""
-        if self._process.poll() is None:
-            self.resume()
+        if not self.process.has_ended():
             self.kill()
-        self._reader.join(ANSWER_S)
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was not flushed is nobody's
-                pipe.close()  # type: ignore[union-attr]
+        self.process.wait()
+        self._reader.join()
+        os.close(self._out)
         text = self.complaints()
         self._errors.close()
         return "" if self.may_complain else text
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            said = json.loads(line)
-            with self._changed:
-                if "event" in said:
-                    self.events.append(said)
-                else:
-                    self._answers[said["id"]] = said
-                self._changed.notify_all()
+        with open(self._in) as lines:
+            for line in lines:
+                said = json.loads(line)
+                with self._changed:
+                    if "event" in said:
+                        self.events.append(said)
+                    else:
+                        self._answers[said["id"]] = said
+                    self._changed.notify_all()
         with self._changed:
             self._eof = True
             self._changed.notify_all()
@@ -196,14 +190,15 @@ class Worker:
 
 
 class Cluster:
-    """The processes of one test. They start at once and in parallel; `open` waits for each."""
+    """The processes of one test."""
 
-    def __init__(self) -> None:
+    def __init__(self, mother: Mother) -> None:
+        self._mother = mother
         self.workers: list[Worker] = []
 
     def start(self, label: str) -> Worker:
         """Start a process without an endpoint."""
-        self.workers.append(Worker(label))
+        self.workers.append(Worker(self._mother, label))
         return self.workers[-1]
 
     def open(self, *labels: str, **settings: Any) -> list[Worker]:

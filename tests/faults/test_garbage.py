@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,7 +15,8 @@ import zmq
 
 from kvpoll_fsm import Address
 from kvpoll_fsm.messages import MAX_PACKET_NBYTES, Hello, encode
-from tests.faults.harness import BIG, BIG_PART_NBYTES, PATIENT, Cluster, Worker, arrive, through, transfer
+from kvpoll_fsm.security import generate_keys
+from tests.faults.harness import BIG, BIG_PART_NBYTES, GRANT, PATIENT, Cluster, Worker, arrive, join, through, transfer
 from tests.faults.proxy import Proxy
 
 SEED = 20250101
@@ -56,8 +59,8 @@ def _packets(genuine: list[bytes]) -> Iterator[list[bytes]]:
         yield [packet]
 
 
-def throw_bytes(port: int, pieces: list[bytes]) -> list[socket.socket]:
-    """Send each over a connection of its own; returns some that stay open and silent."""
+def throw_bytes(port: int, pieces: Iterable[bytes]) -> None:
+    """Send each over a connection of its own."""
     for piece in pieces:
         with socket.create_connection(("127.0.0.1", port)) as sock:
             try:
@@ -65,16 +68,14 @@ def throw_bytes(port: int, pieces: list[bytes]) -> list[socket.socket]:
                 sock.shutdown(socket.SHUT_WR)
             except OSError:
                 continue  # thrown out before it was over
-    return [socket.create_connection(("127.0.0.1", port)) for _ in range(STRANGERS)]
 
 
 def throw_packets(context: zmq.Context[zmq.Socket[bytes]], address: str, genuine: list[bytes]) -> None:
-    """Send each to a control port, and wait until the last has been taken."""
-    place = Address.parse(address)
+    """Send each to a control port. Whatever zmq itself ends the connection for comes in good company twice."""
     for packets in (_packets(genuine), _packets([])):
         with context.socket(zmq.DEALER) as dealer:
             dealer.setsockopt(zmq.LINGER, 2000)
-            dealer.connect(f"tcp://127.0.0.1:{place.port}")
+            dealer.connect(Address.parse(address).place)
             for parts in packets:
                 dealer.send_multipart(parts)
 
@@ -89,8 +90,15 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         yield made
 
 
+@pytest.fixture
+def silent() -> Iterator[ExitStack]:
+    """Connections that stay open and say nothing."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def test_garbage_and_replays_on_all_ports(
-    cluster: Cluster, proxy: Proxy, context: zmq.Context[zmq.Socket[bytes]]
+    cluster: Cluster, proxy: Proxy, context: zmq.Context[zmq.Socket[bytes]], silent: ExitStack
 ) -> None:
     """In the middle of a part and after it, from strangers and from a listener on the wire. Pains 5, 12, 24."""
     tx, rx = cluster.start("tx"), cluster.start("rx")
@@ -104,10 +112,11 @@ def test_garbage_and_replays_on_all_ports(
     said = recorded(tx) + recorded(rx)
     assert len(said) > 5
 
-    silent: list[socket.socket] = []
     for worker in (tx, rx):
         for port in (Address.parse(worker.address).port, worker.data_port):
-            silent += throw_bytes(port, [*_raw(), bytes(wire[: 2 << 20])])
+            throw_bytes(port, [*_raw(), bytes(wire[: 2 << 20])])
+            for _ in range(STRANGERS):
+                silent.enter_context(socket.create_connection(("127.0.0.1", port)))
         before = worker("malformed")
         throw_packets(context, worker.address, said)
         assert worker("until_malformed", count=before + len(said))
@@ -122,12 +131,56 @@ def test_garbage_and_replays_on_all_ports(
         throw_packets(context, worker.address, said)
         assert worker("until_malformed", count=before + len(said))
         assert worker("dump") == []
-    silent += throw_bytes(rx.data_port, [bytes(wire)])
+    throw_bytes(rx.data_port, [bytes(wire)])
     transfer(tx, {rx: (0,)}, 1, 2000)
-    for sock in silent:
-        sock.close()
+    silent.close()
     for worker in (tx, rx):
         worker("clear")
         assert worker("until_free")["free"] == 16
     assert rx("until_strangers", count=0)
     assert tx("until_strangers", count=0)
+
+
+def _forged(genuine: list[bytes]) -> Iterator[bytes]:
+    """What somebody could say who has read everything: the genuine packets, and each with one bit flipped."""
+    noise = random.Random(SEED)
+    for packet in genuine:
+        yield packet
+        at = noise.randrange(len(packet))
+        yield packet[:at] + bytes([packet[at] ^ 1 << noise.randrange(8)]) + packet[at + 1 :]
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["no key", "untrusted key"])
+def test_forgeries_where_keys_are_wanted(
+    cluster: Cluster, proxy: Proxy, context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, with_key: bool
+) -> None:
+    """With CURVE keys nobody else is heard, not even somebody who knows every incarnation. Pain 24."""
+    tx, rx = cluster.start("tx"), cluster.start("rx")
+    settings = {"authorized": str(tmp_path / "trusted"), "deadlines": PATIENT, "loss": {"record": True}}
+    secrets = {name: str(generate_keys(tmp_path / "trusted", name)[1]) for name in ("tx", "rx")}
+    tx.open(keys=secrets["tx"], **settings)
+    through(proxy, rx, keys=secrets["rx"], **settings)
+    proxy.hold(2048)
+    tx("sender", room=1, tokens=3 * GRANT)
+    join(rx, tx, 1, (0,), 1)
+    rx.until("receiver", 1, gate="moving")
+    said = recorded(tx) + recorded(rx)
+    for worker in (tx, rx):
+        place = Address.parse(worker.address)
+        with context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            if with_key:
+                dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
+                dealer.curve_serverkey = place.key
+            dealer.connect(place.place)
+            for packet in _forged(said):
+                dealer.send(packet)
+            if with_key:
+                assert worker("until_refused", count=1)
+            else:
+                throw_bytes(place.port, [ZMTP + b"\x00\x05hello"])
+        assert worker("malformed") == 0
+    proxy.release()
+    arrive(tx, {rx: (0,)}, 1, 3 * GRANT)
+    transfer(tx, {rx: (0,)}, 2, 3 * GRANT)
+    assert tx("malformed") == rx("malformed") == 0

@@ -23,7 +23,8 @@ def test_sender_restarted_on_its_address(cluster: Cluster) -> None:
     assert new.address == old.address
     for room in (2, 3, 4):
         end = rx.end_of("receiver", room)
-        assert (end["code"], end["retryable"], end["detail"]) == ("PeerLost", True, "the peer was restarted")
+        assert (end["code"], end["retryable"]) == ("PeerLost", True)
+        assert "restarted" in end["detail"]
     rx("clear")
     for room in (2, 3, 4):
         transfer(new, {rx: (0,)}, room, 3 * GRANT)

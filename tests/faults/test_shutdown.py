@@ -31,7 +31,7 @@ def test_sigterm_drains(cluster: Cluster, proxy: Proxy, which: str) -> None:
     tx, rx = mid_part(cluster, proxy)
     ends = tx if which == "sender" else rx
     ends("drain_on_sigterm", deadline_s=20.0)
-    ends.signal(signal.SIGTERM)
+    ends.process.signal(signal.SIGTERM)
     ends.event("draining")
     proxy.release()
     drained = ends.event("drained")
@@ -48,7 +48,7 @@ def test_sigterm_while_the_main_thread_waits(cluster: Cluster, proxy: Proxy) -> 
     rx("drain_on_sigterm", deadline_s=20.0)
     order = rx.post("result_for_ever", room=ROOM)
     rx.event("waiting")
-    rx.signal(signal.SIGTERM)
+    rx.process.signal(signal.SIGTERM)
     rx.event("draining")
     proxy.release()
     assert rx.event("drained")["drained"] is True
@@ -81,8 +81,8 @@ def test_process_ends_without_close(cluster: Cluster, proxy: Proxy, which: str, 
         assert ends.exit() == 0
     else:
         ends.may_complain = True  # the KeyboardInterrupt, which nobody catches
-        ends.signal(signal.SIGINT)
-        assert ends.wait_exit() != 0
+        ends.process.signal(signal.SIGINT)
+        assert ends.process.wait() != 0
         assert "KeyboardInterrupt" in ends.complaints()
         assert ends.complaints().count("Traceback") == 1
     end = stays.end_of(side, ROOM)
@@ -112,7 +112,7 @@ def test_drain_in_an_exit_handler(cluster: Cluster, proxy: Proxy, which: str) ->
     assert drained["drained"] is True
     (state,) = drained["states"]
     assert (state["state"], state["detail"], len(state["parts"])) == ("Success", None, 4)
-    assert ends.wait_exit() == 0
+    assert ends.process.wait() == 0
     if which == "sender":
         assert rx("data", room=ROOM, tokens=4000)
     else:

@@ -1,6 +1,6 @@
 """One endpoint, or several, as a process of its own. Orders come as JSON lines on stdin, answers go to stdout.
 
-Started by `harness.Worker`; run by nothing else. Every order names a method of `Host` below.
+Started by `processes.Mother`; run by nothing else. Every order names a method of `Host` below.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import linecache
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
+import kvpoll_tcp  # noqa: F401 - imported once, in the mother, and not in every child
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, Layout
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.handles import Receiver, Room, Sender
-from kvpoll_fsm.messages import Frame, Packet, decode, encode
+from kvpoll_fsm.messages import Frame, Packet, encode
 
 LOOK_S = 0.002
 _real_send = Control.send
@@ -290,6 +292,11 @@ class Host:
     def malformed(self, name: str = "main") -> int:
         return self.endpoints[name].driver._control.malformed
 
+    def until_refused(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many peers have been refused for their keys."""
+        control = self.endpoints[name].driver._control
+        return _await(lambda: control.refused >= count, timeout)
+
     def until_malformed(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
         """Wait until so many control packets have been refused."""
         return _await(lambda: self.malformed(name) >= count, timeout)
@@ -457,7 +464,30 @@ def _serve(host: Host) -> None:
             say(id=number, error=f"{type(error).__name__}: {error}")
 
 
+def _be_mother(orders: socket.socket) -> bool:
+    """Start a process for each order, until there are no more; True in each of these processes."""
+    while True:
+        order, fds, _, _ = socket.recv_fds(orders, 100, 3)
+        if not order:
+            return False
+        if order == b"start":
+            pid = os.fork()
+            if not pid:
+                for number, fd in enumerate(fds):
+                    os.dup2(fd, number)
+                    os.close(fd)
+                return True
+            for fd in fds:
+                os.close(fd)
+            orders.send(b"%d" % pid)
+        else:
+            _, status = os.waitpid(int(order.split()[1]), 0)
+            orders.send(b"%d" % os.waitstatus_to_exitcode(status))
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)  # a room that fails is a warning; a traceback is an error
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _serve(Host())
+    with socket.socket(fileno=int(sys.argv[1])) as orders:
+        is_child = _be_mother(orders)
+    if is_child:
+        _serve(Host())

@@ -150,7 +150,7 @@ def test_refused_links(bench: Bench) -> None:
     bench.faults.refuse_links("no entry")
     assert bench.step() == [LinkDown(0, "no entry")]
     ticket = bench.submit()
-    assert bench.step() == [Failed(ticket, "no entry", quiescent=True), LinkDown(0, "no entry")]
+    assert bench.step() == [LinkDown(0, "no entry"), Failed(ticket, "no entry", quiescent=True)]
     assert bench.step() == []
     bench.faults.accept_links()
     assert bench.step() == []
@@ -161,7 +161,7 @@ def test_refused_links(bench: Bench) -> None:
 def test_broken_links(bench: Bench) -> None:
     ticket = bench.submit()
     bench.faults.break_links()
-    assert bench.step() == [Failed(ticket, "broken", quiescent=True), LinkDown(0, "broken")]
+    assert bench.step() == [LinkDown(0, "broken"), Failed(ticket, "broken", quiescent=True)]
     ticket = bench.submit()
     assert bench.step() == [LinkUp(0), Done(ticket)]
 

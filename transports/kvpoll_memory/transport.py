@@ -243,8 +243,8 @@ class MemoryLink:
         problem = (breaking if self._is_up else None) or refusal
         if problem is not None and (self._is_up is not False or self._tickets):
             self._is_up = False
-            self._fail_all(problem)
             self._owner.report(LinkDown(self._number, problem))
+            self._fail_all(problem)
         elif problem is None and (self._is_up is None or (not self._is_up and self._tickets)):
             self._is_up = True
             self._owner.report(LinkUp(self._number))

@@ -201,8 +201,8 @@ class Lane:
         if self._closed:
             return
         reason = f"{self._peer}: {reason}"
-        self._outbox.put(*self._backlog.abandon(reason))
         self._status.went_down(was_up, reason)
+        self._outbox.put(*self._backlog.abandon(reason))
 
     def _end(self) -> None:
         """Nobody is to wait for a ticket of ours any more."""

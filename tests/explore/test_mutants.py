@@ -1,0 +1,247 @@
+"""The explorer can fail: thirteen bugs of this field, put into the production code one at a time, are all found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from kvpoll_fsm import inputs, messages
+from kvpoll_fsm.commands import Release
+from kvpoll_fsm.core import EndpointCore
+from kvpoll_fsm.channel import Channel
+from kvpoll_fsm.deadlines import Gate
+from kvpoll_fsm.ledger import Ledger
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.receiver_session import ReceiverSession
+from kvpoll_fsm.sender_session import SenderSession
+from kvpoll_fsm.session import Session
+from kvpoll_fsm.testing.explore import explore, replay
+from kvpoll_fsm.testing.laws import broken_law
+from kvpoll_fsm.testing.universe import Budget, Scene
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug, the scene that shows it, and a word of the law it breaks."""
+
+    name: str
+    infect: Callable[[Patch], None]
+    scene: Scene
+    law: str
+
+
+def on_message(patch: Patch, session: type[Session], kind: type, handler: Callable[..., None]) -> None:
+    patch.setitem(session._message_handlers, kind, handler)
+
+
+def late_success_wins(patch: Patch) -> None:
+    right = ReceiverSession._message_handlers[messages.PartOutcome]
+
+    def outcome(self: ReceiverSession, conn: int, message: messages.PartOutcome) -> None:
+        if self.state is KVPoll.Failed and message.state is KVPoll.Success:
+            self._lifecycle.state = KVPoll.Success
+            self.history.append(KVPoll.Success)
+        else:
+            right(self, conn, message)
+
+    on_message(patch, ReceiverSession, messages.PartOutcome, outcome)
+
+
+def is_last_ignored(patch: Patch) -> None:
+    right = Ledger.commit
+    patch.setattr(Ledger, "commit", lambda self, offset, tokens: right(self, offset, tokens) or True)
+
+
+def failure_told_to_first_rank_only(patch: Patch) -> None:
+    right = SenderSession._tell_abort
+
+    def tell(self: SenderSession, failure: Any) -> None:
+        others = {rank: slot for rank, slot in self.slots.items() if rank != min(self.slots)}
+        for slot in others.values():
+            slot.told = True
+        self.slots = {rank: slot for rank, slot in self.slots.items() if rank not in others}
+        right(self, failure)
+        self.slots |= others
+
+    patch.setattr(SenderSession, "_tell_abort", tell)
+
+
+def receiver_succeeds_on_its_own_coverage(patch: Patch) -> None:
+    right = ReceiverSession._ack
+
+    def ack(self: ReceiverSession, failure: Any) -> None:
+        right(self, failure)
+        if failure is None and self._report_is_last():
+            self._commit(True)
+
+    patch.setattr(ReceiverSession, "_ack", ack)
+
+
+def freed_at_the_end(self: ReceiverSession) -> None:
+    if self._phase in ("offered", "withdrawing"):
+        self._grant = None
+        self._do(Release(self.part))
+
+
+def blocks_freed_at_abort(patch: Patch) -> None:
+    patch.setattr(ReceiverSession, "_on_failed", freed_at_the_end)
+
+
+def released_on_the_peers_death(patch: Patch) -> None:
+    right_failed = ReceiverSession._on_failed
+    right_gone = ReceiverSession._handlers[inputs.PeerGone]
+
+    def gone(self: ReceiverSession, event: inputs.PeerGone) -> None:
+        patch.setattr(ReceiverSession, "_on_failed", freed_at_the_end)
+        right_gone(self, event)
+        patch.setattr(ReceiverSession, "_on_failed", right_failed)
+
+    patch.setitem(ReceiverSession._handlers, inputs.PeerGone, gone)
+
+
+def next_transport_too_early(patch: Patch) -> None:
+    right = SenderSession._handlers[inputs.PartWritten]
+
+    def written(self: SenderSession, event: inputs.PartWritten) -> None:
+        quiet = inputs.PartWritten(
+            event.rank, event.part, event.transport, event.ok, detail=event.detail, attempt=event.attempt
+        )
+        right(self, quiet)
+
+    patch.setitem(SenderSession._handlers, inputs.PartWritten, written)
+
+
+def resume_resets_the_state(patch: Patch) -> None:
+    right = SenderSession._try_resume
+
+    def resume(self: SenderSession) -> None:
+        if self.state is KVPoll.Transferring and self._phase == "idle" and self._all_granted():
+            self._lifecycle.state = KVPoll.WaitingForInput
+            self.history.append(KVPoll.WaitingForInput)
+            self._try_part()
+        else:
+            right(self)
+
+    patch.setattr(SenderSession, "_try_resume", resume)
+
+
+def dropped_messages_stay_lost(patch: Patch) -> None:
+    patch.setattr(Channel, "resend", lambda self: [])
+
+
+def generation_ignored(patch: Patch) -> None:
+    right = EndpointCore._key_of
+
+    def key_of(self: EndpointCore, connection: Any, message: Any) -> Any:
+        side, rank = ("receiver", message.rank) if connection.outgoing else ("sender", 0)
+        found = [key for key in self.sessions if self.is_open(key) and key[:0] == ()]
+        same = [key for key in found if (key.side, key.room, key.rank) == (side, message.room, rank)]
+        return same[-1] if same else right(self, connection, message)
+
+    def receives(self: ReceiverSession, event: inputs.MessageReceived) -> None:
+        handler = self._message_handlers.get(type(event.message))
+        if handler is not None and not self.state.is_terminal:
+            handler(self, event.conn, event.message)
+
+    patch.setattr(EndpointCore, "_key_of", key_of)
+    patch.setitem(ReceiverSession._handlers, inputs.MessageReceived, receives)
+
+
+def no_stall_deadline_before_the_first_part(patch: Patch) -> None:
+    right = Session._regate
+
+    def regate(self: Session, *, renew: bool = False) -> None:
+        if self.state is KVPoll.WaitingForInput and self.gate is Gate.moving:
+            self._disarm("gate")
+        else:
+            right(self, renew=renew)
+
+    patch.setattr(Session, "_regate", regate)
+
+
+def grants_cannot_be_revoked(patch: Patch) -> None:
+    patch.setitem(ReceiverSession._handlers, inputs.RevokeGrant, lambda self, event: None)
+
+
+def clear_kills_the_resend(patch: Patch) -> None:
+    right = EndpointCore.clear
+
+    def clear(self: EndpointCore, key: Any) -> None:
+        right(self, key)
+        self.flush()
+        for connection in self.connections.values():
+            connection.channel.acked += len(connection.channel.unacked)
+            connection.channel.unacked.clear()
+
+    patch.setattr(EndpointCore, "clear", clear)
+
+
+CROSSED = Scene("two rooms, two ranks, each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2)
+
+MUTANTS = (
+    Mutant("late Success wins", late_success_wins, Scene("m", faults=Budget(deadline=1)), "moved from Failed"),
+    Mutant("is_last ignored", is_last_ignored, Scene("m", parts=2), ""),
+    Mutant(
+        "failure told to the first rank only",
+        failure_told_to_first_rank_only,
+        Scene("m", ranks=2, faults=Budget(abort=1), opened=True),
+        "could have said so",
+    ),
+    Mutant(
+        "receiver succeeds on its own coverage",
+        receiver_succeeds_on_its_own_coverage,
+        Scene("m", ranks=1),
+        "its sender is live",
+    ),
+    Mutant("blocks freed at abort", blocks_freed_at_abort, Scene("m", faults=Budget(abort=1)), "does not hold"),
+    Mutant(
+        "released on the peer's death without a fence",
+        released_on_the_peers_death,
+        Scene("m", faults=Budget(crash=1)),
+        "does not hold",
+    ),
+    Mutant(
+        "next transport before the first is quiescent",
+        next_transport_too_early,
+        Scene("m", parts=2, transports=("a", "b"), faults=Budget(late=1)),
+        "",
+    ),
+    Mutant("resume resets the state", resume_resets_the_state, Scene("m", parts=2), "moved from Transferring"),
+    Mutant("ack dropped", dropped_messages_stay_lost, Scene("m", faults=Budget(lose=1)), "no end can"),
+    Mutant("generation ignored", generation_ignored, Scene("m", faults=Budget(reopen=1)), ""),
+    Mutant(
+        "no stall deadline in WaitingForInput",
+        no_stall_deadline_before_the_first_part,
+        Scene("m"),
+        "without a deadline",
+    ),
+    Mutant("revocable grants removed", grants_cannot_be_revoked, CROSSED, "only a deadline"),
+    Mutant(
+        "clear() kills the resend",
+        clear_kills_the_resend,
+        Scene("m", faults=Budget(reopen=1, lose=1)),
+        "could have said so",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.infect(monkeypatch)
+    report = explore(mutant.scene, limit=150_000)
+    assert report.findings, f"{mutant.name}: not found in {report.states} states"
+    finding = report.findings[0]
+    assert mutant.law in finding.law
+    assert len(finding.text) < 25, "\n".join(finding.text)
+    assert broken_law(replay(mutant.scene, finding.run)) == finding.law
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_without_the_mutant_the_scene_holds(mutant: Mutant) -> None:
+    report = explore(mutant.scene, limit=4_000)
+    assert not report.findings, "\n".join(report.findings[0].text)

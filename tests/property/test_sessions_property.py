@@ -1,0 +1,313 @@
+"""Sessions in a world where anything happens in any order: what must hold always, and that everything ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from kvpoll_fsm.commands import StartPart
+from kvpoll_fsm.errors import DuplicateRoom
+from kvpoll_fsm.inputs import AbortRoom
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.session import RoomKey, Session
+from kvpoll_fsm.testing.invariants import check_nothing_left
+from kvpoll_fsm.testing.world import SENDER, World
+from tests.worlds import Transfer, end, rest
+
+# Without faults: every split
+
+
+@st.composite
+def transfers(draw: st.DrawFn) -> tuple[Transfer, list[int]]:
+    """A transfer that is not open yet, and how much of its data is ready at each step."""
+    tokens, ranks = draw(st.integers(1, 60)), draw(st.integers(1, 3))
+    world = World(checksums=draw(st.booleans()))
+    world.add_host(SENDER, draw(st.integers(1, 6)), draw(st.integers(1, 9)))
+    blocks = draw(st.integers(1, 5))
+    for rank in range(ranks):
+        world.add_host(f"r{rank}", blocks + draw(st.integers(0, 6)), draw(st.integers(1, 9)))
+    dummies = draw(st.sets(st.integers(0, ranks - 1), max_size=ranks - 1)) if ranks > 1 else set()
+    steps = sorted({*draw(st.lists(st.integers(0, tokens), max_size=4)), tokens})
+    resume = draw(st.sampled_from(["drain", "extend"]))
+    return Transfer(world, tokens, ranks, resume, tuple(sorted(dummies)), blocks), steps
+
+
+def expected_parts(one: Transfer, steps: list[int]) -> list[int]:
+    """Lengths of the parts when each step of the source is moved before the next comes."""
+    hosts = one.world.hosts
+    granted = [one.blocks * hosts[f"r{r}"].block_tokens for r in range(one.ranks) if r not in one.dummies]
+    capacity = min(*granted, hosts[SENDER].block_tokens * hosts[SENDER].core.options.blocks)
+    parts: list[int] = []
+    for ready in steps:
+        while sum(parts) < ready:
+            parts.append(min(capacity, ready - sum(parts)))
+    return parts
+
+
+@settings(max_examples=300)
+@given(transfers(), st.booleans())
+def test_every_split_arrives_in_the_expected_parts(made: tuple[Transfer, list[int]], sender_first: bool) -> None:
+    one, steps = made
+    one.open(sender_first=sender_first, supply=False)
+    assert one.sender is not None
+    for ready in steps:
+        one.world.supply(one.sender, one.tokens, ready)
+        one.world.run()
+    one.assert_success()
+    assert [part.tokens for part in one.tx.parts] == expected_parts(one, steps)
+    assert [part.is_last for part in one.tx.parts] == [False] * (len(one.tx.parts) - 1) + [True]
+    end(one.world, one)
+
+
+# With every fault
+
+
+@dataclass
+class Room:
+    """What the hosts want of one room, and the lives of it they have open."""
+
+    number: int
+    tokens: int
+    blocks: int
+    resume: str
+    dummies: frozenset[int]
+    open: dict[str, RoomKey] = field(default_factory=dict)
+
+
+numbers = st.integers(0, 30)
+
+
+class Sessions(RuleBasedStateMachine):
+    """A sender, up to three receivers, up to two rooms. Numbers choose among what is possible at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.ranks = 1
+        self.rooms: list[Room] = []
+
+    @initialize(
+        ranks=st.integers(1, 3),
+        pools=st.lists(st.tuples(st.integers(2, 5), st.integers(1, 4)), min_size=4, max_size=4),
+        rooms=st.lists(
+            st.tuples(st.integers(1, 14), st.integers(1, 2), st.sampled_from(["drain", "extend"]), st.booleans()),
+            min_size=1,
+            max_size=2,
+        ),
+        checksums=st.booleans(),
+        transports=st.sampled_from([("a",), ("a", "b")]),
+        ahead=st.integers(0, 60),
+    )
+    def begin(
+        self,
+        ranks: int,
+        pools: list[tuple[int, int]],
+        rooms: list[tuple[int, int, str, bool]],
+        checksums: bool,
+        transports: tuple[str, ...],
+        ahead: int,
+    ) -> None:
+        self.ranks = ranks
+        self.world = World(checksums=checksums, transports=transports)
+        for name, (blocks, block_tokens) in zip([SENDER, *self.names], pools, strict=False):
+            self.world.add_host(name, blocks, block_tokens)
+        for number, (tokens, blocks, resume, dummy) in enumerate(rooms, 1):
+            dummies = frozenset({ranks - 1} if dummy and ranks > 1 else ())
+            self.rooms.append(Room(number, tokens, blocks, resume, dummies))
+        for room in self.rooms:
+            self._open(room, SENDER)
+        for room in reversed(self.rooms):
+            for name in self.names:
+                self._open(room, name)
+        self._supply_all()
+        self._run(ahead)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"r{rank}" for rank in range(self.ranks)]
+
+    # Hosts
+
+    @rule(at=numbers, who=numbers)
+    def open_again(self, at: int, who: int) -> None:
+        """A second opening is refused, one after clear() is not."""
+        room, name = _pick(self.rooms, at), _pick([SENDER, *self.names], who)
+        if name not in room.open:
+            self._open(room, name)
+            return
+        try:
+            self._open(room, name)
+        except DuplicateRoom:
+            return
+        raise AssertionError("opened twice")
+
+    @rule(at=numbers, ready=st.integers(0, 14))
+    def supply(self, at: int, ready: int) -> None:
+        room = _pick(self.rooms, at)
+        if SENDER in room.open:
+            self.world.supply(room.open[SENDER], room.tokens, min(ready, room.tokens))
+
+    @rule(at=numbers, who=numbers)
+    def abort(self, at: int, who: int) -> None:
+        room, name = _pick(self.rooms, at), _pick([SENDER, *self.names], who)
+        if name in room.open:
+            self.world.feed(name, room.open[name], AbortRoom("given up"))
+
+    @rule(at=numbers, who=numbers)
+    def clear(self, at: int, who: int) -> None:
+        room, name = _pick(self.rooms, at), _pick([SENDER, *self.names], who)
+        if name in room.open:
+            self.world.clear(name, room.open.pop(name))
+
+    @rule(who=numbers)
+    def restart(self, who: int) -> None:
+        name = _pick([SENDER, *self.names], who)
+        old = self.world.hosts[name].core.options
+        self.world.add_host(name, old.blocks, old.layout.block_tokens)
+        for room in self.rooms:
+            room.open.pop(name, None)
+
+    # Network
+
+    @precondition(lambda self: self.world.network)
+    @rule(at=numbers, what=st.sampled_from(["deliver", "deliver", "lose", "repeat"]))
+    def packet(self, at: int, what: str) -> None:
+        self.world.deliver(at % len(self.world.network), keep=what == "repeat", lose=what == "lose")
+
+    @rule(steps=st.integers(1, 30))
+    def run_ahead(self, steps: int) -> None:
+        self._run(steps)
+
+    # Work
+
+    @precondition(lambda self: self.world.jobs)
+    @rule(at=numbers, how=st.sampled_from(["well", "well", "badly", "late"]))
+    def job(self, at: int, how: str) -> None:
+        at %= len(self.world.jobs)
+        writes = isinstance(self.world.jobs[at].command, StartPart)
+        self.world.perform(at, ok=how == "well", loose=writes and how == "late")
+
+    @precondition(lambda self: self.world.late)
+    @rule(at=numbers, over=st.booleans())
+    def late_write(self, at: int, over: bool) -> None:
+        at %= len(self.world.late)
+        self.world.land(at)
+        if over:
+            self.world.quiesce(at)
+
+    # Time
+
+    @rule(who=numbers, heartbeat=st.booleans(), host_alive=st.booleans())
+    def tick(self, who: int, heartbeat: bool, host_alive: bool) -> None:
+        self.world.tick(_pick([SENDER, *self.names], who), heartbeat=heartbeat, host_alive=host_alive)
+
+    @rule(at=numbers, host_alive=st.booleans())
+    def timer(self, at: int, host_alive: bool) -> None:
+        timers = [(host.name, *timer) for host in self.world.hosts.values() for timer in host.timers]
+        if timers:
+            self.world.fire(*_pick(timers, at), host_alive=host_alive)
+
+    # The end
+
+    def teardown(self) -> None:
+        if not self.rooms:
+            return
+        note(f"before healing: {self.world.gates()}")
+        complete = all(self._is_complete(room) for room in self.rooms)
+        self._supply_all()
+        self._heal()
+        note(f"healed: {self.world.gates()}")
+        if complete:  # then nobody needs a deadline
+            assert all(session.state.is_terminal for session in self._sessions()), self.world.gates()
+        for host in self.world.hosts.values():
+            for key, session in list(host.core.sessions.items()):
+                if not session.state.is_terminal:
+                    self.world.fire(host.name, key, "gate")
+                assert session.state.is_terminal
+        self._finish()
+        self._again()
+
+    def _is_complete(self, room: Room) -> bool:
+        """Both sides are open, and neither has ended."""
+        open_sides = [name for name in (SENDER, *self.names) if name in room.open]
+        lives = [self.world.session(name, room.open[name]) for name in open_sides]
+        return len(lives) == 1 + self.ranks and not any(life.state.is_terminal for life in lives)
+
+    def _finish(self) -> None:
+        """Everything is cleared and quarantines end: nothing is left."""
+        for room in self.rooms:
+            for name, key in room.open.items():
+                self.world.clear(name, key)
+            room.open.clear()
+        self._heal()
+        for host in self.world.hosts.values():
+            for key, timer in list(host.timers):
+                if timer == "quarantine":
+                    self.world.fire(host.name, key, timer)
+        rest(self.world)
+        check_nothing_left(self.world)
+
+    def _again(self) -> None:
+        """After all that, the same rooms work."""
+        for room in self.rooms:
+            for name in (SENDER, *self.names):
+                self._open(room, name)
+        self._supply_all()
+        self._heal()
+        states = {self.world.session(name, key).state for room in self.rooms for name, key in room.open.items()}
+        assert states == {KVPoll.Success}, self.world.gates()
+
+    def _open(self, room: Room, name: str) -> None:
+        if name == SENDER:
+            room.open[name] = self.world.open_sender(room.number, self.ranks)
+            return
+        rank = int(name[1:])
+        blocks = 0 if rank in room.dummies else room.blocks
+        room.open[name] = self.world.open_receiver(name, room.number, rank, self.ranks, blocks, room.resume)
+
+    def _supply_all(self) -> None:
+        for room in self.rooms:
+            if SENDER in room.open:
+                self.world.supply(room.open[SENDER], room.tokens)
+
+    def _sessions(self) -> list[Session]:
+        return [session for host in self.world.hosts.values() for session in host.core.sessions.values()]
+
+    def _run(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.world.network:
+                self.world.deliver()
+            elif self.world.jobs:
+                self.world.perform()
+
+    def _heal(self) -> None:
+        """No more faults, but every tick of time short of a deadline."""
+        for _ in range(12):
+            self.world.run()
+            while self.world.late:
+                self.world.quiesce()
+            for name in self.world.hosts:
+                self.world.tick(name)
+                self.world.tick(name, heartbeat=True)
+            self.world.run()
+            for host in self.world.hosts.values():
+                if (None, "withdraw") in host.timers:
+                    self.world.fire(host.name, None, "withdraw")
+        self.world.run()
+
+
+def _pick(choices: list[Any], at: int) -> Any:
+    return choices[at % len(choices)]
+
+
+def run_machine(machine: Callable[[], RuleBasedStateMachine], examples: int, steps: int) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+
+
+def test_sessions_with_every_fault() -> None:
+    run_machine(Sessions, examples=100, steps=40)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from queue import SimpleQueue
+
+import pytest
+
+from kvpoll_fsm.workers import Workers
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def results() -> SimpleQueue[object]:
+    return SimpleQueue()
+
+
+def test_results_and_errors_are_handed_over_in_the_worker(results: SimpleQueue[object]) -> None:
+    workers = Workers(1)
+    workers.start()
+    error = ValueError("no")
+
+    def fail() -> object:
+        raise error
+
+    workers.submit(lambda: 1 + 1, results.put)
+    workers.submit(fail, results.put)
+    workers.submit(threading.current_thread, results.put)
+    assert results.get(timeout=WAIT_S) == 2
+    assert results.get(timeout=WAIT_S) is error
+    assert results.get(timeout=WAIT_S) is not threading.current_thread()
+    workers.close()
+
+
+def test_threads_work_at_the_same_time(results: SimpleQueue[object]) -> None:
+    workers, barrier = Workers(3), threading.Barrier(3)
+    workers.start()
+    for _ in range(3):
+        workers.submit(lambda: barrier.wait(WAIT_S), results.put)
+    assert sorted(int(str(results.get(timeout=WAIT_S))) for _ in range(3)) == [0, 1, 2]
+    workers.close()
+
+
+def test_close_finishes_what_was_given_and_ends_the_threads(results: SimpleQueue[object]) -> None:
+    before = threading.active_count()
+    workers = Workers(2)
+    workers.start()
+    for number in range(100):
+        workers.submit(lambda number=number: number, results.put)  # type: ignore[misc]
+    workers.close()
+    assert threading.active_count() == before
+    assert sorted(int(str(results.get_nowait())) for _ in range(100)) == list(range(100))
+
+
+def test_an_idle_thread_keeps_nothing_alive() -> None:
+    class Array:
+        pass
+
+    workers, done = Workers(1), threading.Event()
+    workers.start()
+    array = Array()
+    gone = weakref.ref(array)
+    workers.submit(lambda array=array: array, lambda result: None)  # type: ignore[misc]
+    del array
+    workers.submit(lambda: None, lambda result: done.set())
+    assert done.wait(WAIT_S)
+    gc.collect()
+    assert gone() is None
+    workers.close()
+
+
+def test_without_threads_to_give_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = threading.active_count(), threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Workers(4).start()
+    assert threading.active_count() == before
