@@ -29,10 +29,10 @@ from kvpoll_fsm.errors import (
     LayoutMismatch,
     MalformedMessage,
     PolicyError,
-    PoolExhausted,
     RequestTooLarge,
     TransferFailed,
     TransportUnavailable,
+    UnknownRoom,
     UnsupportedVersion,
 )
 from kvpoll_fsm.events import (
@@ -105,7 +105,6 @@ __all__ = [
     "PartRecord",
     "PeerLost",
     "PolicyError",
-    "PoolExhausted",
     "ProtocolError",
     "Receiver",
     "RequestTooLarge",
@@ -114,6 +113,7 @@ __all__ = [
     "StatusBoard",
     "TransferFailed",
     "TransportUnavailable",
+    "UnknownRoom",
     "UnsupportedVersion",
     "outcome",
     "reduce_ranks",

@@ -51,9 +51,13 @@ def command() -> click.Command:
     """The whole command, as click has it."""
     import click
 
+    from kvpoll_fsm import cli_tools
+
     group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
     group.add_command(_demo_command())
     group.add_command(_table_command())
+    for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore):
+        group.add_command(tool)
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 
 

@@ -71,9 +71,7 @@ GATES_OF: dict[KVPoll, tuple[Gate, ...]] = {
 
 _missing = {(s, g) for s, gates in GATES_OF.items() for g in gates} ^ GATES.keys()
 if _missing or GATES_OF.keys() != {s for s in KVPoll if not s.is_terminal}:
-    raise AssertionError(
-        f"a live (state, gate) has no clock, or a clock no gate: {sorted(map(str, _missing))}"
-    )
+    raise AssertionError(f"a live (state, gate) has no clock, or a clock no gate: {sorted(map(str, _missing))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Deadlines:
 
     Attributes:
         bootstrap_s: For the other side to show up and grant blocks.
-        input_s: For the host to have data, or for blocks; renewed by a "queued, alive" heartbeat.
+        input_s: For the host to have data, renewed by a "queued, alive" heartbeat; for blocks of one's own pool.
         stall_s: For a part to make progress; renewed only by growth of the bytes that landed.
         resume_s: For the next grant after a part that was not the last.
         room_timeout_s: Caps the life of a room whatever renews the others.
@@ -91,7 +89,7 @@ class Deadlines:
         host_alive_s: A host that has not called the endpoint for this long gives no sign of life.
         withdraw_s: How long a grant no room has used stays, while an earlier room waits for blocks.
         quarantine_max_s: How long blocks wait for the writer's word before the receiver fences by force.
-        linger_s: How long a room that ended is remembered after `clear()`.
+        linger_s: How long a connection without rooms is kept.
     """
 
     bootstrap_s: float = 30.0

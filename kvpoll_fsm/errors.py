@@ -13,7 +13,6 @@ KvpollError
 │   ├── PolicyError           a transport policy that cannot be read
 │   └── DuplicateRoom         the room is open already on this endpoint
 ├── UnknownRoom               the room is not open here: never opened, or cleared
-├── PoolExhausted             no block came free in time
 ├── TransportUnavailable      unknown, not installed, or unusable here
 ├── MalformedMessage          bytes that are no message of ours
 ├── UnsupportedVersion        a peer that shares no protocol version with us
@@ -51,7 +50,6 @@ __all__ = [
     "LayoutMismatch",
     "MalformedMessage",
     "PolicyError",
-    "PoolExhausted",
     "RequestTooLarge",
     "TransferFailed",
     "TransportUnavailable",
@@ -245,15 +243,6 @@ class UnknownRoom(KvpollError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the repr
-
-
-class PoolExhausted(KvpollError):
-    """No block came free in time."""
-
-    def __init__(self, wanted_blocks: int, waited_s: float) -> None:
-        self.wanted_blocks = wanted_blocks
-        self.waited_s = waited_s
-        super().__init__(f"{wanted_blocks} blocks did not come free within {waited_s:g} s")
 
 
 class TransportUnavailable(KvpollError):

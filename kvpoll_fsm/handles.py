@@ -270,8 +270,7 @@ class Receiver(Room):
             TransferFailed: It ended Failed; carries the failure.
             InvalidInput: With resume="manual" the data stays in the engine's blocks.
         """
-        if self._manual:
-            raise InvalidInput('with resume="manual" the data stays in your blocks: read them by `part`')
+        self._require_library_owned()
         state = self.wait(timeout)
         if not state.is_terminal:
             raise TimeoutError(f"room {self.room} is {state}, waiting at {self.gate}, after {timeout} s")
@@ -279,10 +278,15 @@ class Receiver(Room):
             raise TransferFailed(self.room, self.view.failure)
         return dict(self.view.data or {})
 
+    def _require_library_owned(self) -> None:
+        if self._manual:
+            raise InvalidInput('with resume="manual" the data stays in your blocks: read them by `part`')
+
     def __await__(self) -> Generator[Any, None, dict[str, Any]]:
         return self._result_async().__await__()
 
     async def _result_async(self) -> dict[str, Any]:
+        self._require_library_owned()
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
 

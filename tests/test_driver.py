@@ -78,7 +78,9 @@ def test_close_with_live_rooms_tells_peers_and_leaves_nothing(transport: str, fi
         (tx if first == "tx" else rx).close()
         for handle in handles:
             failure = failed(handle)
-            assert failure.code is FailureCode.Aborted, failure
+            # A write that meets the receiver's fence may tell the sender before the receiver's Abort does.
+            fenced = first == "rx" and handle.room % 2 and failure.code is FailureCode.TransportFailed
+            assert fenced or failure.code is FailureCode.Aborted, failure
             assert handle.wait_quiescent(SOON_S)
 
 

@@ -28,7 +28,6 @@ FIELDS: dict[type[KvpollError], dict[str, Any]] = {
     errors.PolicyError: {"policy": "fastest", "problem": "unknown mode"},
     errors.DuplicateRoom: {"side": "receiver", "room": 42, "rank": 1},
     errors.UnknownRoom: {"room": 42},
-    errors.PoolExhausted: {"wanted_blocks": 8, "waited_s": 0.5},
     errors.TransportUnavailable: {"name": "mooncake", "problem": "not installed", "hint": "pip install it"},
     errors.MalformedMessage: {"problem": "not a packet"},
     errors.UnsupportedVersion: {"ours": (1, 2), "theirs": (3, 4)},

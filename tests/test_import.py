@@ -94,7 +94,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         kvpoll_fsm.Sendr  # noqa: B018
 
 
-@pytest.mark.xfail(strict=True, reason="kvpoll_fsm does not export UnknownRoom, which StatusBoard raises")
 def test_every_error_is_public() -> None:
     errors = {
         name

@@ -123,6 +123,17 @@ def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:
     assert bench.incoming._tokens == {}
 
 
+def test_a_token_that_cannot_be_revoked_keeps_no_other(bench: Bench) -> None:
+    def explode(token: bytes) -> None:
+        raise RuntimeError("native crash")
+
+    bench.expose()
+    bench.transports[0].revoke = explode  # type: ignore[method-assign]
+    bench.incoming.release(KEY, 0)
+    assert bench.transports[1].revoked == [b"b1"]
+    assert bench.incoming._tokens == {}
+
+
 def test_fenced_once_every_transport_is(bench: Bench) -> None:
     bench.expose()
     bench.incoming.fence(KEY, Fence(0, force=False))

@@ -330,6 +330,28 @@ def test_what_is_unknown_is_ignored(bench: Bench) -> None:
     assert bench.out.room_of("fake", 9) is None
 
 
+def test_of_a_peer_that_is_gone_nobody_waits_for_quiescence(bench: Bench) -> None:
+    """Its own fence keeps it safe; our tickets may never be heard of again."""
+    bench.transport.capabilities = replace(bench.transport.capabilities, scatter_entries=2)
+    bench.start()
+    bench.end(0, reason="reset", quiescent=False)
+    bench.end(1, reason="reset", quiescent=False)
+    assert [w.quiescent for w in bench.written()] == [False]
+    bench.out.hang_up(CONN + 1)
+    assert len(bench.fed) == 1
+    bench.out.hang_up(CONN)
+    assert bench.fed[1:] == [(ONE, RankQuiesced(0, 0))]
+    assert bench.out.idle
+
+
+def test_a_ticket_that_fails_after_its_peer_has_gone_is_quiescent(bench: Bench) -> None:
+    bench.start()
+    del bench.peers[CONN]
+    bench.end(0, reason="reset", quiescent=False)
+    assert [w.quiescent for w in bench.written()] == [True]
+    assert bench.out.idle
+
+
 # Cancelling
 
 
@@ -364,6 +386,23 @@ def test_cancel_ends_what_waits_behind_another_room(bench: Bench) -> None:
     assert [w.ok for w in bench.written(ONE)] == [True]
     assert bench.out.idle
     assert len(bench.transport.submitted) == 1
+
+
+def test_a_ticket_that_cannot_be_cancelled_keeps_no_other(bench: Bench) -> None:
+    bench.transport.capabilities = replace(bench.transport.capabilities, scatter_entries=2)
+    bench.start()
+    link = bench.transport.links[0]
+
+    def cancel(ticket: int) -> None:
+        link.cancelled.append(ticket)
+        raise RuntimeError("native crash")
+
+    link.cancel = cancel  # type: ignore[method-assign]
+    bench.out.cancel(ONE)
+    assert link.cancelled == [0, 1]
+    bench.end(0)
+    bench.end(1)
+    assert [w.detail for w in bench.written()] == ["cancelled"]
 
 
 def test_cancel_without_anything_under_way_is_harmless(bench: Bench) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 from kvpoll_fsm.testing.laws import broken_law, is_end
 from kvpoll_fsm.testing.universe import Action, Scene, Universe
 
-__all__ = ["Finding", "Report", "explore", "replay"]
+__all__ = ["NO_END", "Finding", "Report", "explore", "replay"]
+
+
+NO_END = "from here no end can be reached"
 
 
 @dataclass
@@ -142,7 +145,7 @@ def _check_liveness(search: _Search) -> None:
                 queue.append(before)
     for number in range(len(search.parents)):
         if number not in reaching:
-            search.finding("from here no end can be reached", number)
+            search.finding(NO_END, number)
             return
 
 

@@ -16,12 +16,18 @@ __all__ = ["Delivery", "Host", "Job", "LateWrite"]
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A packet on its way between hosts. `origin` is the incarnation of the host that sent it."""
+    """A packet on its way between hosts.
+
+    Attributes:
+        origin: The incarnation of the host that sent it.
+        answers: The name of the connection whose frame a Stranger answers.
+    """
 
     source: str
     dest: str
     origin: bytes
     packet: Packet
+    answers: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

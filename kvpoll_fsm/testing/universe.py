@@ -37,8 +37,8 @@ from kvpoll_fsm.effects import Changed, Do, Transmit
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
-from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.session import RoomKey
@@ -133,6 +133,8 @@ class Scene:
         resume: "drain" or "extend".
         dummies: Ranks that hold no data.
         faults: How many of which kind.
+        ordered: Rooms are opened in one order only, which gives the pools of even and odd ranks to
+            different rooms.
         opened: Begin where all rooms are past Bootstrapping; how they came there is for other scenes.
     """
 
@@ -147,6 +149,7 @@ class Scene:
     dummies: tuple[int, ...] = ()
     faults: Budget = field(default_factory=Budget)
     opened: bool = False
+    ordered: bool = False
 
 
 class Node:
@@ -252,12 +255,13 @@ class Universe:
         return [*self.progress(), *self._faults()]
 
     def progress(self) -> list[Action]:
-        """What happens without any fault; where nothing else can, a deadline passes."""
+        """What happens without any fault; where nothing but time can bring the state on, a deadline passes."""
         found = list(self._progress())
+        found += [("deadline", *timer) for timer in self._timers("withdraw", "quarantine")]
         return found or [("deadline", *timer) for timer in self._timers("gate")]
 
     def _progress(self) -> Iterator[Action]:
-        yield from self.opens
+        yield from self.opens[:1] if self.scene.ordered else self.opens
         yield from (("deliver", *lane) for lane in self.lanes)
         yield from (("do", job) for job in self.jobs)
         for ticket in self.tickets:
@@ -272,7 +276,6 @@ class Universe:
             yield from (("lost", node.name, conn) for conn in self._dead_connections(node))
             if self._must_resend(node):
                 yield ("resend", node.name)
-        yield from (("deadline", *timer) for timer in self._timers("withdraw", "quarantine"))
 
     def _faults(self) -> Iterator[Action]:
         budget = self.budget
@@ -582,9 +585,7 @@ class Universe:
     def _transmit(self, node: Node, effect: Transmit) -> None:
         connection = node.core.connections.get(effect.conn)
         packet = effect.packet
-        if isinstance(packet, Hello):
-            self._enqueue(node.incarnation, SENDER, packet)
-        elif isinstance(packet, Frame) and packet.outgoing:
+        if isinstance(packet, Hello) or (isinstance(packet, Frame) and packet.outgoing):
             self._enqueue(node.incarnation, SENDER, packet)
         elif isinstance(packet, Frame):
             self._put(node.incarnation, packet.target, packet)
@@ -675,6 +676,7 @@ def _knows(node: Node, connection: Connection) -> bool:
 
 
 def _openings(scene: Scene) -> Iterator[Action]:
-    for room in scene.rooms:
-        yield ("open_sender", room)
-        yield from (("open_receiver", room, rank) for rank in range(scene.ranks))
+    yield from (("open_sender", room) for room in scene.rooms)
+    for rank in range(scene.ranks):
+        rooms = reversed(scene.rooms) if rank % 2 else scene.rooms
+        yield from (("open_receiver", room, rank) for room in rooms)

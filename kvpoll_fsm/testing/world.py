@@ -305,12 +305,12 @@ class World:
         elif isinstance(packet, Frame):
             if core.frame(packet) is None and packet.outgoing:
                 stranger = Stranger(core.options.incarnation, packet.target)
-                self.network.append(Delivery(host.name, delivery.source, host.incarnation, stranger))
+                self.network.append(Delivery(host.name, delivery.source, host.incarnation, stranger, packet.source))
         else:
             for connection in list(core.connections.values()):
                 if connection.address == delivery.source and isinstance(packet, Welcome):
                     core.welcome(connection.number, packet)
-                elif connection.address == delivery.source and isinstance(packet, Stranger):
+                elif connection.channel.source == delivery.answers and isinstance(packet, Stranger):
                     core.stranger(connection.number, packet)
 
     def _do(self, host: Host, effect: Do) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm import inputs, messages
+from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.commands import Release
 from kvpoll_fsm.core import EndpointCore
-from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.ledger import Ledger
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import Session
-from kvpoll_fsm.testing.explore import explore, replay
+from kvpoll_fsm.testing.explore import NO_END, explore, replay
 from kvpoll_fsm.testing.laws import broken_law
 from kvpoll_fsm.testing.universe import Budget, Scene
 
@@ -181,7 +181,7 @@ def clear_kills_the_resend(patch: Patch) -> None:
     patch.setattr(EndpointCore, "clear", clear)
 
 
-CROSSED = Scene("two rooms, two ranks, each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2)
+CROSSED = Scene("each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2, ordered=True)
 
 MUTANTS = (
     Mutant("late Success wins", late_success_wins, Scene("m", faults=Budget(deadline=1)), "moved from Failed"),
@@ -212,7 +212,7 @@ MUTANTS = (
         "",
     ),
     Mutant("resume resets the state", resume_resets_the_state, Scene("m", parts=2), "moved from Transferring"),
-    Mutant("ack dropped", dropped_messages_stay_lost, Scene("m", faults=Budget(lose=1)), "no end can"),
+    Mutant("ack dropped", dropped_messages_stay_lost, Scene("m", faults=Budget(lose=1)), NO_END),
     Mutant("generation ignored", generation_ignored, Scene("m", faults=Budget(reopen=1)), ""),
     Mutant(
         "no stall deadline in WaitingForInput",
@@ -220,7 +220,7 @@ MUTANTS = (
         Scene("m"),
         "without a deadline",
     ),
-    Mutant("revocable grants removed", grants_cannot_be_revoked, CROSSED, "only a deadline"),
+    Mutant("revocable grants removed", grants_cannot_be_revoked, CROSSED, NO_END),
     Mutant(
         "clear() kills the resend",
         clear_kills_the_resend,
@@ -238,7 +238,8 @@ def test_every_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) 
     finding = report.findings[0]
     assert mutant.law in finding.law
     assert len(finding.text) < 25, "\n".join(finding.text)
-    assert broken_law(replay(mutant.scene, finding.run)) == finding.law
+    if finding.law != NO_END:  # that one concerns all that can follow, not the state itself
+        assert broken_law(replay(mutant.scene, finding.run)) == finding.law
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

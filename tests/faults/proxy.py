@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 __all__ = ["Proxy"]
@@ -32,6 +33,12 @@ class _Pipe:
         self.ended = False
         self.passed_end = False
 
+    def drop(self) -> None:
+        """Let nothing more pass."""
+        self.pieces.clear()
+        self.kept_nbytes = 0
+        self.ended = self.passed_end = True
+
 
 class Proxy:
     """Forwards connections to `target`. `up` is the direction of whoever connects to us.
@@ -47,7 +54,6 @@ class Proxy:
         self.port: int = self._listening.getsockname()[1]
         self._changed = threading.Condition()
         self._pipes: list[_Pipe] = []
-        self._dumb: list[socket.socket] = []
         self._allowance: int | None = None
         self._held_down = False
         self._flip_at: int | None = None
@@ -133,9 +139,9 @@ class Proxy:
 
     # The thread
 
-    def _wait(self, condition, timeout_s: float) -> bool:  # type: ignore[no-untyped-def]
+    def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         with self._changed:
-            return bool(self._changed.wait_for(condition, timeout_s))
+            return self._changed.wait_for(condition, timeout_s)
 
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
@@ -156,8 +162,7 @@ class Proxy:
                 self._changed.notify_all()
         for pipe in self._pipes:
             _reset(pipe.source)
-        for sock in [*self._dumb, self._listening]:
-            sock.close()
+        self._listening.close()
         os.close(self._wake_fd)
 
     def _poller(self) -> tuple[select.poll, float | None]:
@@ -199,13 +204,18 @@ class Proxy:
         return self._allowance != 0 if pipe.up else not self._held_down
 
     def _move(self, pipe: _Pipe) -> None:
+        self._take(pipe)
         try:
-            self._take(pipe)
             self._give(pipe)
         except BlockingIOError:
-            pass
-        except OSError:
-            self._end_pair(pipe)
+            return
+        except OSError:  # nobody takes it any more; what goes the other way may still arrive
+            pipe.drop()
+        pair = [other for other in self._pipes if pipe.source in (other.source, other.sink)]
+        if all(other.passed_end for other in pair):
+            self._pipes = [other for other in self._pipes if other not in pair]
+            pipe.source.close()
+            pipe.sink.close()
 
     def _take(self, pipe: _Pipe) -> None:
         while not pipe.ended and pipe.kept_nbytes < KEEP_NBYTES:
@@ -213,6 +223,8 @@ class Proxy:
                 piece = pipe.source.recv(PIECE_NBYTES)
             except BlockingIOError:
                 return
+            except OSError:  # reset, as by a process that was killed; what it had sent is on its way all the same
+                piece = b""
             pipe.ended = not piece
             if piece:
                 pipe.pieces.append((time.monotonic() + self._delay_s, self._spoiled(pipe, piece)))
@@ -245,18 +257,6 @@ class Proxy:
         if pipe.ended and not pipe.pieces and not pipe.passed_end:
             pipe.passed_end = True
             pipe.sink.shutdown(socket.SHUT_WR)
-            if all(other.passed_end for other in self._pair(pipe)):
-                self._end_pair(pipe)
-
-    def _pair(self, pipe: _Pipe) -> list[_Pipe]:
-        return [other for other in self._pipes if pipe.source in (other.source, other.sink)]
-
-    def _end_pair(self, pipe: _Pipe) -> None:
-        """One direction broke. What was held for the other end, and can still reach it, does."""
-        pair = self._pair(pipe)
-        self._pipes = [other for other in self._pipes if other not in pair]
-        for sock in (pipe.source, pipe.sink):
-            sock.close()
 
 
 def _reset(sock: socket.socket) -> None:

@@ -121,6 +121,7 @@ def test_sender_killed_at_every_gate_of_the_receivers(cluster: Cluster, proxy: P
         assert worker("until_free")["free"] == 24
         worker("canary")
     assert far("load", name="engine")["leased"] == 2  # the engine has a part, and has not given it back
+    assert proxy.wait_held(1)
     proxy.release()
     assert far("until_unread")
     assert near("until_unread")
@@ -185,8 +186,11 @@ def test_sender_killed_in_the_middle_of_the_second_part(cluster: Cluster, proxy:
     assert (end["code"], end["parts"]) == ("PeerLost", [1024])
     assert rx("until_free")["free"] == 16
     rx("canary")
-    proxy.release()
+    if kept_by == "network":
+        assert proxy.wait_held(4 << 20)  # still there, and comes now
+        proxy.release()
     assert rx("until_unread")
+    assert proxy.wait_connections(0)
     assert rx("canary_lives")
     spare.open(**BIG, deadlines=LASTING)
     transfer(spare, {rx: (0,)}, 1000, 2000)

@@ -292,8 +292,9 @@ def test_data_connection_stalled_in_the_middle_of_a_part(cluster: Cluster, proxy
         tx.end_of("sender", 1)
     else:
         assert tx("until_links", count=0)
+        proxy.release()  # too late
+        assert rx("until_unread")
     assert rx("canary_lives")
-    proxy.release()
     settled(tx, {rx: (0,)}, empty, 2000)
 
 

@@ -42,40 +42,54 @@ class Loss:
     """Loses chosen packets on their way out of one endpoint.
 
     Attributes:
-        index: Lose the packet of that number (0 upwards) of its class, on the connection of that rank of
-            arrival if `spread`, else on all.
-        every: Lose every so-many-th packet of a class.
+        message: Lose the packet that carries the message of that number; 0 is Hello or Welcome.
+        bare: Lose the packet of that number (0 upwards) among those that carry no message.
+        spread: The k-th connection loses what has that number plus k.
+        every: Lose every so-many-th packet.
         hold: From the first frame with this kind of message on, lose every frame of that connection that carries
             messages.
+        lost: The kinds of what was lost by number.
+        record: Whether to keep a copy of every packet.
     """
 
     def __init__(self) -> None:
-        self.hold = ""
-        self.holding: set[int] = set()
-        self.index: dict[str, int] = {}
+        self.message = self.bare = -1
         self.spread = False
         self.every = 0
+        self.hold = ""
         self.lost: list[str] = []
-        self.kept: list[bytes] = []
         self.record = False
-        self._counts: dict[tuple[int, str], int] = {}
+        self.kept: list[bytes] = []
+        self._holding: set[int] = set()
+        self._hit: set[int] = set()
+        self._sent = 0
+        self._bare_sent: dict[int, int] = {}
         self._order: dict[int, int] = {}
 
     def loses(self, conn: int, packet: Packet) -> bool:
+        if self.record:
+            self.kept.append(encode(packet))
         messages = packet.messages if isinstance(packet, Frame) else ()
         kinds = [type(message).__name__ for message in messages]
         if self.hold in kinds:
-            self.holding.add(conn)
-        if conn in self.holding and kinds:
-            return True
-        group = "bare" if isinstance(packet, Frame) and not kinds else "full"
-        number = self._counts.get((conn, group), 0)
-        self._counts[conn, group] = number + 1
-        wanted = self.index.get(group)
-        if self.spread and wanted is not None:
-            wanted += self._order.setdefault(conn, len(self._order))
-        if number != wanted and not (self.every and number % self.every == 1):
+            self._holding.add(conn)
+        self._sent += 1
+        by_order = self.every and self._sent % self.every == 0
+        return bool(by_order or (conn in self._holding and kinds) or self._loses_once(conn, packet, kinds))
+
+    def _loses_once(self, conn: int, packet: Packet, kinds: list[str]) -> bool:
+        shift = self._order.setdefault(conn, len(self._order)) if self.spread else 0
+        message = self.message + shift if self.message >= 0 else -1
+        if not isinstance(packet, Frame):
+            found = message == 0
+        elif kinds:
+            found = packet.first_seq <= message < packet.first_seq + len(kinds)
+        else:
+            number = self._bare_sent[conn] = self._bare_sent.get(conn, -1) + 1
+            found = number == self.bare + shift and self.bare >= 0
+        if not found or conn in self._hit:
             return False
+        self._hit.add(conn)
         self.lost.append("+".join(kinds) or type(packet).__name__)
         return True
 
@@ -85,8 +99,6 @@ _losses: dict[Control, Loss] = {}
 
 def _lossy_send(self: Control, conn: int, packet: Packet) -> bool:
     loss = _losses.get(self)
-    if loss is not None and loss.record:
-        loss.kept.append(encode(packet))
     return False if loss is not None and loss.loses(conn, packet) else _real_send(self, conn, packet)
 
 
@@ -162,6 +174,10 @@ class Host:
 
     def lost(self, name: str = "main") -> list[str]:
         return self.losses[name].lost
+
+    def until_lost(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many packets have been lost on purpose."""
+        return _await(lambda: len(self.lost(name)) >= count, timeout)
 
     def recorded(self, name: str = "main") -> list[str]:
         return [data.hex() for data in self.losses[name].kept]

@@ -222,8 +222,8 @@ class Sessions(RuleBasedStateMachine):
         self._supply_all()
         self._heal()
         note(f"healed: {self.world.gates()}")
-        if complete:  # then nobody needs a deadline
-            assert all(session.state.is_terminal for session in self._sessions()), self.world.gates()
+        for room in self.rooms if complete else ():
+            self._assert_no_deadline_needed(room)
         for host in self.world.hosts.values():
             for key, session in list(host.core.sessions.items()):
                 if not session.state.is_terminal:
@@ -232,11 +232,18 @@ class Sessions(RuleBasedStateMachine):
         self._finish()
         self._again()
 
+    def _lives(self, room: Room) -> list[Session]:
+        return [self.world.session(name, key) for name, key in room.open.items()]
+
     def _is_complete(self, room: Room) -> bool:
-        """Both sides are open, and neither has ended."""
-        open_sides = [name for name in (SENDER, *self.names) if name in room.open]
-        lives = [self.world.session(name, room.open[name]) for name in open_sides]
-        return len(lives) == 1 + self.ranks and not any(life.state.is_terminal for life in lives)
+        """Every side is open, and none has ended."""
+        return len(room.open) == 1 + self.ranks and not any(life.state.is_terminal for life in self._lives(room))
+
+    def _assert_no_deadline_needed(self, room: Room) -> None:
+        """Some side may be left alone by one that was lost; but none waits where all are there, or after Opened."""
+        live = [life.state for life in self._lives(room) if not life.state.is_terminal]
+        assert len(live) < 1 + self.ranks, self.world.gates()
+        assert set(live) <= {KVPoll.Bootstrapping}, self.world.gates()
 
     def _finish(self) -> None:
         """Everything is cleared and quarantines end: nothing is left."""
@@ -274,9 +281,6 @@ class Sessions(RuleBasedStateMachine):
         for room in self.rooms:
             if SENDER in room.open:
                 self.world.supply(room.open[SENDER], room.tokens)
-
-    def _sessions(self) -> list[Session]:
-        return [session for host in self.world.hosts.values() for session in host.core.sessions.values()]
 
     def _run(self, steps: int) -> None:
         for _ in range(steps):

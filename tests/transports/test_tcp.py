@@ -204,6 +204,7 @@ def test_a_broken_link_recovers(pair: Pair) -> None:
     link = pair.tx.connect(pair.rx)
     pair.up(link)
     for _ in range(3):
+        until(lambda: len(readers(pair.rx)) == 1, "the reader before to be forgotten")
         readers(pair.rx)[0].cut()
         pair.until(lambda: not pair.tx.links[link.number][-1], "the news")
         pair.done(link.submit([Write(0, 0, 0, MIB)], pair.rx.grant()))
@@ -334,7 +335,7 @@ def test_a_shortage_of_threads_takes_the_link_down(pair: Pair, monkeypatch: pyte
     pair.pump()
     assert pair.tx.seen == [LinkDown(link.number, "cannot start: can't start new thread")]
     assert pair.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16)).quiescent
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TransportUnavailable, match="can't start new thread"):
         TcpTransport().start()
     assert footprint() == before
 
@@ -348,7 +349,14 @@ def test_without_eventfd_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> N
 # Odds and ends
 
 
-def test_default_timeouts_of_the_program_do_not_matter() -> None:
+def test_an_idle_connection_is_waited_on_for_ever(pair: Pair) -> None:
+    link = pair.tx.connect(pair.rx)
+    pair.done(link.submit([Write(0, 0, 0, MIB)], pair.rx.grant()))
+    timeval = readers(pair.rx)[0]._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
+    assert timeval == bytes(16)
+
+
+def test_default_timeouts_of_the_program_do_not_matter(caplog: pytest.LogCaptureFixture) -> None:
     socket.setdefaulttimeout(0.001)
     try:
         pair = Pair(Side(TcpTransport(), filled=True), Side(TcpTransport()))
@@ -357,6 +365,7 @@ def test_default_timeouts_of_the_program_do_not_matter() -> None:
         pair.close()
     finally:
         socket.setdefaulttimeout(None)
+    assert not caplog.records
 
 
 @pytest.fixture

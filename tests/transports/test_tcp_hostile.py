@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -60,9 +61,12 @@ def mirrored_role(visitor: Raw) -> None:
 
 
 def wrong_version(visitor: Raw) -> None:
-    visitor.send(hello(visitor.peer["incarnation"], version=2))
-    answer = visitor.read(raw.HELLO_NBYTES)
-    assert answer.startswith(raw.hello(visitor.peer["incarnation"], b""))  # says which version it speaks
+    ours = hello(visitor.peer["incarnation"], version=2)
+    visitor.send(ours)
+    theirs = visitor.read(raw.HELLO_NBYTES)
+    assert theirs.startswith(hello(visitor.peer["incarnation"], b""))  # says which version it speaks
+    with contextlib.suppress(ConnectionError):  # dropped already
+        visitor.send(raw.proof(visitor.peer["secret"], b"kvpoll-tcp sender", ours, theirs))
 
 
 @pytest.mark.parametrize(

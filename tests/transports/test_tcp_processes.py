@@ -279,14 +279,14 @@ def test_a_frame_that_was_half_read_does_not_land_behind_a_fence(rx: Side, monke
 
 def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:
     program = (
-        "import os; from kvpoll_fsm.spi import *; from kvpoll_tcp import TcpTransport\n"
+        "import atexit, threading; from kvpoll_tcp import TcpTransport\n"
+        "atexit.register(lambda: print('left at the end:', threading.active_count()))\n"
         "a, b = TcpTransport(), TcpTransport(); a.start(); b.start()\n"
         "link = a.connect(b.descriptor(), [])\n"
         "while not a.completions(): pass\n"
-        "print('up')"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "up\n", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "left at the end: 1\n", "")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -82,19 +83,22 @@ class TcpTransport:
         if not hasattr(os, "eventfd"):
             raise TransportUnavailable(self.name, "needs Linux and Python 3.10 or newer")
         self._pid = os.getpid()
-        listening = listen(self._settings)
         try:
-            self._identity = new_identity(*advertised(listening, self._settings))
-            self._outbox.open()
-            landing = Landing(self._regions, self._grants)
-            self._listener = Listener(self._identity, landing, self._settings, self._crew)
-            self._listener.start(listening)
-        except BaseException:
-            listening.close()
-            self._outbox.close()
-            raise
+            with contextlib.ExitStack() as undo:
+                self._open(undo)
+                undo.pop_all()
+        except (OSError, RuntimeError) as error:  # out of file descriptors or threads
+            raise TransportUnavailable(self.name, f"cannot start: {error}") from error
         # A program that ends without close() is not held up by our threads, and they end before it does.
         atexit.register(self.close)
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        listening = undo.enter_context(listen(self._settings))
+        self._outbox.open()
+        undo.callback(self._outbox.close)
+        self._identity = new_identity(*advertised(listening, self._settings))
+        self._listener = Listener(self._identity, Landing(self._regions, self._grants), self._settings, self._crew)
+        self._listener.start(listening)
 
     def descriptor(self) -> bytes:
         """Address, port, incarnation and secret. Whoever has it and a token may write.
