@@ -5,6 +5,7 @@ Used by the driver's thread alone, but for the copying and hashing, which runs o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -21,6 +22,7 @@ from kvpoll_fsm.staging import Destination, verify
 
 __all__ = ["Incoming"]
 
+log = logging.getLogger("kvpoll_fsm")
 Problem = tuple[FailureCode, str]
 
 
@@ -74,7 +76,10 @@ class Incoming:
     def release(self, key: RoomKey, part: int) -> None:
         """The lease of a part is over: its tokens admit nothing any more."""
         for name, token in self._tokens.pop((key, part), {}).items():
-            self._transports[name].revoke(token)
+            try:
+                self._transports[name].revoke(token)
+            except Exception:  # the others must be revoked too
+                log.exception("a token of transport %s cannot be revoked", name)
 
     def fence(self, key: RoomKey, command: Fence) -> None:
         """Fence the part on every transport it was offered on.

@@ -232,7 +232,7 @@ class Abort(_RoomMessage, frozen=True, tag="Abort"):
 
 
 class Quiesced(_RoomMessage, frozen=True, tag="Quiesced"):
-    """Sender: no write of this room to this rank is in flight any more."""
+    """No write of this room can land at this rank any more: none is in flight (sender), or it fenced (receiver)."""
 
 
 class Bye(msgspec.Struct, frozen=True, tag_field="kind", tag="Bye"):

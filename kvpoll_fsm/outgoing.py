@@ -5,8 +5,9 @@ Used by the driver's thread alone, but for `_prepare`, which runs on a worker.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from kvpoll_fsm.staging import Source, checksum_runs, stage
 
 __all__ = ["EngineBlocks", "Outgoing", "RoomSource", "Submit"]
 
+log = logging.getLogger("kvpoll_fsm")
 Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], None]
 """For a room, run the first on a worker and give its result or exception to the second on the driver's thread."""
 
@@ -143,6 +145,7 @@ class Outgoing:
         self._by_ticket: dict[tuple[str, int], _Writing] = {}
         self._lanes: dict[tuple[int, str], _Lane] = {}
         self._landed: dict[RoomKey, int] = {}
+        self._loose: dict[RoomKey, set[tuple[str, int]]] = {}
 
     def start(self, key: RoomKey, command: StartPart) -> None:
         """Begin to move a part to its targets."""
@@ -154,11 +157,10 @@ class Outgoing:
         """Stop what can be stopped of the room's part; its ends are reported all the same."""
         for writing in self._of(key):
             self._give_up(writing, "cancelled")
-            link = self._links.get(writing.target.conn, writing.target.transport)
-            for ticket in writing.tickets:
-                if link is not None:
-                    link.cancel(ticket)
-            lane = self._lanes.get((writing.target.conn, writing.target.transport))
+            place = (writing.target.conn, writing.target.transport)
+            link, lane = self._links.get(*place), self._lanes.get(place)
+            if link is not None:
+                _cancel_all(link, writing.tickets)
             if lane is not None and writing in lane.queue:
                 self._finish(writing)  # perhaps none of its tickets is out, whose end would report it
 
@@ -191,6 +193,8 @@ class Outgoing:
         """The room is over: let go of its source."""
         self.sources.pop(key, None)
         self._landed.pop(key, None)
+        for place in self._loose.pop(key, ()):
+            del self._by_ticket[place]
 
     @property
     def idle(self) -> bool:
@@ -303,6 +307,7 @@ class Outgoing:
             self._advance(writing, ticket, ticket.nbytes)
         if isinstance(end, Failed) and not end.quiescent and self._peers.get(writing.target.conn) is not None:
             writing.loose.add(end.ticket)
+            self._loose.setdefault(writing.key, set()).add((transport, end.ticket))
         else:
             del self._by_ticket[transport, end.ticket]
         place = (writing.target.conn, transport)
@@ -313,6 +318,7 @@ class Outgoing:
     def _quiesced(self, writing: _Writing, transport: str, ticket: int) -> None:
         del self._by_ticket[transport, ticket]
         writing.loose.discard(ticket)
+        self._loose[writing.key].discard((transport, ticket))
         if writing.ended and not writing.loose:
             self._feed(writing.key, RankQuiesced(writing.target.rank, writing.command.part))
 
@@ -339,6 +345,14 @@ class Outgoing:
             attempt=command.attempt,
         )
         self._feed(writing.key, written)
+
+
+def _cancel_all(link: Link, tickets: Iterable[int]) -> None:
+    for ticket in tickets:
+        try:
+            link.cancel(ticket)
+        except Exception:  # the others must be cancelled too
+            log.exception("ticket %d cannot be cancelled", ticket)
 
 
 def batches(extents: list[Extent], most_nbytes: int, most_entries: int) -> Iterator[list[Write]]:

@@ -410,6 +410,7 @@ class ReceiverSession(Session):
 
     def _fenced(self, event: inputs.Fenced) -> None:
         if event.part in self._loose:
+            self._send(self.options.conn, messages.Quiesced(**self._ids()))
             self._now_quiescent()
 
     def _quiesced(self, conn: int, message: messages.Quiesced) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,6 +18,7 @@ from kvpoll_fsm.trace import EndpointRecord, MessageRecord, PartEntry, Record, S
 
 __all__ = ["Recorder"]
 
+log = logging.getLogger("kvpoll_fsm")
 RING_RECORDS = 4096
 
 
@@ -86,12 +89,21 @@ class Recorder:
     def flush(self) -> None:
         """Hand what was recorded to the operating system, so that a crash of this process loses none of it."""
         if self._file is not None:
-            self._file.flush()
+            self._try(lambda file: file.flush())
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+
+    def _try(self, action: Callable[[BinaryIO], object]) -> None:
+        """Write, or give the file up: a full disk must not end a transfer."""
+        try:
+            if self._file is not None:
+                action(self._file)
+        except OSError as error:
+            log.error("trace file given up path=%s cause=%s", self._path, error)
             self._file = None
 
     def _header(self) -> EndpointRecord:
@@ -113,4 +125,4 @@ class Recorder:
     def _write(self, record: Record) -> None:
         self._ring.append(record)
         if self._file is not None:
-            self._file.write(encode_line(record))
+            self._try(lambda file: file.write(encode_line(record)))

@@ -57,6 +57,7 @@ class RankSlot:
         reading: Writes ended, but may read the source still.
         told: The rank knows that nothing is in flight after the room's end.
         waits_for_blocks: Its last heartbeat said so.
+        closed: Nothing can land there any more: it has fenced, or its endpoint is gone.
         gave_up: It has ended the room itself, and waits for no more than word that nothing is in flight.
     """
 
@@ -73,8 +74,14 @@ class RankSlot:
     reading: bool = False
     told: bool = False
     waits_for_blocks: bool = False
+    closed: bool = False
     gave_up: bool = False
     attempt: int = 0
+
+    def close(self) -> None:
+        """Nothing can land there any more, and there is nobody who needs to be told so."""
+        self.closed = self.told = True
+        self.landing = False
 
     @property
     def in_flight(self) -> bool:
@@ -373,8 +380,8 @@ class SenderSession(Session):
         slot = self.slots.get(event.rank)
         if slot is None or not slot.writing or (event.part, event.attempt) != (self.part, slot.attempt):
             return
-        slot.writing = False
-        slot.landing, slot.reading = not (event.ok or event.quiescent), not (event.ok or event.source_free)
+        slot.writing, slot.reading = False, not (event.ok or event.source_free)
+        slot.landing = not (event.ok or event.quiescent or slot.closed)
         if self.state.is_terminal:
             return self._settle()
         if event.ok:
@@ -498,14 +505,23 @@ class SenderSession(Session):
         self._fail(replace(message.failure, rank=message.rank))
 
     def _peer_gone(self, event: inputs.PeerGone) -> None:
-        for rank, slot in list(self.slots.items()):
-            if slot.conn != event.conn:
-                continue
-            if self.state is KVPoll.Bootstrapping:
+        lost = [rank for rank, slot in self.slots.items() if slot.conn == event.conn]
+        if self.state is KVPoll.Bootstrapping:
+            for rank in lost:
                 del self.slots[rank]
-                continue
-            slot.told = True
-            self._fail(self._cause(event.code, event.detail, rank))
+            return
+        for rank in lost:
+            self.slots[rank].close()
+        if lost:
+            self._fail(self._cause(event.code, event.detail, lost[0]))
+            self._settle()
+
+    def _fenced_there(self, conn: int, message: messages.Quiesced) -> None:
+        """A rank that ended the room has made sure that nothing lands in it any more."""
+        slot = self.slots[message.rank]
+        if self.state.is_terminal and slot.in_flight:
+            slot.close()
+            self._settle()
 
     def _violation(self, rank: int, what: str) -> None:
         self._fail(self._cause(FailureCode.ProtocolError, what, rank))
@@ -550,7 +566,8 @@ class SenderSession(Session):
         if handler is None or isinstance(message, messages.Bye):
             return
         bound = self.binds(event.conn, message.rank, message.receiver_generation)
-        if self.state.is_terminal or not (bound or isinstance(message, messages.Reserve)):
+        over = self.state.is_terminal and not isinstance(message, messages.Quiesced)
+        if over or not (bound or isinstance(message, messages.Reserve)):
             return
         handler(self, event.conn, message)
 
@@ -586,4 +603,5 @@ class SenderSession(Session):
         messages.Withdraw: _withdraw,
         messages.PartAck: _ack,
         messages.Abort: _aborted,
+        messages.Quiesced: _fenced_there,
     }

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import zmq
 
-from kvpoll_fsm import Address, AddressError, Endpoint, FailureCode, KVPoll, UnsupportedVersion
+from kvpoll_fsm import Address, AddressError, Endpoint, FailureCode, UnsupportedVersion
 from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.messages import (
@@ -26,7 +26,7 @@ from kvpoll_fsm.messages import (
     encode,
 )
 from kvpoll_fsm.security import generate_keys
-from tests.helpers import LAYOUT, SOON_S, deadlines, endpoint, failed, on_driver, pair, parked, transfer, until
+from tests.helpers import LAYOUT, SOON_S, deadlines, endpoint, failed, pair, parked, transfer, until
 
 HERE = Address.parse("tcp://127.0.0.1:0")
 ME = b"m" * 16
@@ -331,14 +331,3 @@ def test_with_keys_only_who_is_trusted_is_heard(tmp_path: Path) -> None:
             assert failed(receiver).code is FailureCode.DeadlinePassed
             assert counts(tx) == before
         transfer(tx, rx, 3)
-
-
-def test_everybody_hears_the_same_count_of_rooms() -> None:
-    """`read` gives every packet once: two drivers in one process do not take each other's."""
-    with pair() as (tx, rx):
-        sender = tx.sender(1)
-        receiver = rx.receiver(1, peer=str(tx.address))
-        until(lambda: receiver.poll() is KVPoll.WaitingForInput)
-        assert on_driver(tx, lambda: len(tx.driver.core.connections)) == 1
-        assert on_driver(rx, lambda: len(rx.driver.core.connections)) == 1
-        assert sender.poll() is KVPoll.WaitingForInput

@@ -42,7 +42,6 @@ from tests.helpers import (
     driver_stopped,
     endpoint,
     failed,
-    forgotten,
     make_data,
     on_driver,
     open_pair,
@@ -387,6 +386,32 @@ def test_ranks_that_disagree_on_their_number_fail_the_room() -> None:
             assert failure.detail == "rank 0 of 3 where 2 ranks are required"
 
 
+def test_a_rank_that_comes_twice_takes_the_place_of_the_first_until_the_room_opens() -> None:
+    with pair() as (tx, rx), endpoint() as other:
+        sender = tx.sender(1)
+        first = rx.receiver(1, peer=tx.address, tokens=64, rank=0, ranks=2)
+        until(lambda: any(s.slots for s in list(tx.driver.core.sessions.values())))  # type: ignore[attr-defined]
+        second = other.receiver(1, peer=tx.address, tokens=64, rank=0, ranks=2)
+        assert "another life of rank 0" in failed(first).detail
+        assert first.wait_quiescent(SOON_S)
+        last = rx.receiver(1, peer=tx.address, tokens=64, rank=1, ranks=2)
+        sender.send(make_data(100))
+        for receiver in (second, last):
+            assert same(receiver.result(SOON_S), make_data(100))
+
+
+def test_a_rank_that_comes_twice_to_an_open_room_does_it_no_harm() -> None:
+    """It may be for the room's next life, so it is neither refused nor let in; its own deadline ends it."""
+    with pair() as (tx, rx), endpoint(deadlines=deadlines(bootstrap_s=0.3)) as other:
+        sender, receiver = open_pair(tx, rx, 1)
+        until(lambda: receiver.poll() is W)
+        stray = other.receiver(1, peer=tx.address)
+        sender.send(make_data(100))
+        assert same(receiver.result(SOON_S), make_data(100))
+        assert failed(stray).code is FailureCode.DeadlinePassed
+        assert sender.wait(SOON_S) is S
+
+
 @pytest.mark.parametrize("state", ["waiting", "moving", "transferring"])
 def test_when_one_of_four_ranks_fails_all_fail_and_know_which(state: str) -> None:
     faults = Faults()
@@ -521,12 +546,12 @@ def test_data_that_never_comes() -> None:
 
 
 def test_a_host_that_lives_may_take_its_time_but_not_for_ever() -> None:
-    with pair(deadlines=deadlines(input_s=0.1, room_timeout_s=0.6)) as (tx, rx):
+    with pair(deadlines=deadlines(input_s=0.4, room_timeout_s=1.0)) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
         until(lambda: sender.poll().is_terminal and receiver.poll().is_terminal)
         for handle in (sender, receiver):
             assert failed(handle).code is FailureCode.DeadlinePassed
-            assert failed(handle).detail == "the room outlived 0.6 s"
+            assert failed(handle).detail == "the room outlived 1 s"
 
 
 def test_a_resume_that_never_comes() -> None:
@@ -553,13 +578,13 @@ def test_a_resume_that_never_comes_ends_at_the_sender_too() -> None:
 def test_a_transport_that_hangs_while_both_sides_live(part: int) -> None:
     faults = Faults()
     faults.hold(part)
-    with pair(faults=faults, tx={"deadlines": deadlines(stall_s=0.2)}) as (tx, rx):
+    with pair(faults=faults, tx={"deadlines": deadlines(stall_s=0.5)}) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1, tokens=16)
         sender.send(make_data(40))
         for handle in (sender, receiver):
             failure = failed(handle)
             assert failure.code is FailureCode.DeadlinePassed
-            assert failure.detail == f"moving for 0.2 s: no bytes landed; part {part} to ranks [0]"
+            assert failure.detail == f"moving for 0.5 s: no bytes landed; part {part} to ranks [0]"
             assert failure.state is (W if part == 0 else T)
             assert handle.wait_quiescent(SOON_S)
         until(lambda: tx.load().free == rx.load().free == 64)
@@ -578,7 +603,7 @@ def test_a_transport_that_hangs_is_noticed_at_the_receiver_too() -> None:
 
 
 def test_blocks_that_never_come_free_at_the_receiver() -> None:
-    quick = deadlines(input_s=0.3, withdraw_s=0.05)
+    quick = deadlines(input_s=0.6, withdraw_s=0.05)
     with pair(deadlines=quick, rx={"pool": pool(4)}) as (tx, rx):
         _, first = open_pair(tx, rx, 1)
         until(lambda: first.poll() is W)
@@ -588,7 +613,7 @@ def test_blocks_that_never_come_free_at_the_receiver() -> None:
         for handle in (second, sender):
             failure = failed(handle)
             assert failure.code is FailureCode.PoolExhausted
-            assert failure.detail == "waiting_blocks for 0.3 s: 4 blocks did not come free in this endpoint's pool"
+            assert failure.detail == "waiting_blocks for 0.6 s: 4 blocks did not come free in this endpoint's pool"
             assert (failure.rank, failure.retryable) == (0, True)
         assert first.poll() is W
         assert rx.load().queued == 0
@@ -914,7 +939,7 @@ def test_a_long_reason_is_cut_not_lost() -> None:
 
 @pytest.fixture
 def quick() -> Deadlines:
-    return deadlines(peer_lost_s=0.5)
+    return deadlines(peer_lost_s=0.8)
 
 
 def test_a_restarted_sender_is_a_new_peer(quick: Deadlines) -> None:
@@ -941,7 +966,7 @@ def test_a_peer_that_is_silent_for_long_is_lost_and_may_come_back(quick: Deadlin
         with driver_stopped(tx):
             failure = failed(receiver)
             assert failure.code is FailureCode.PeerLost
-            assert failure.detail == "the peer was not heard for 0.5 s"
+            assert failure.detail == "the peer was not heard for 0.8 s"
         assert failed(sender).code is FailureCode.PeerLost
         receiver.clear()
         sender.clear()
@@ -982,7 +1007,6 @@ def test_closing_tells_the_peers_of_live_rooms() -> None:
                     assert failed(handle).detail == "the endpoint was closed"
                     assert handle.wait_quiescent(SOON_S)
             live = rx if closing == "sender" else tx
-            assert all(forgotten(live, room) or handles for room, handles in enumerate(rooms))
             assert live.is_idle()
 
 

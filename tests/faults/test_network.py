@@ -158,7 +158,6 @@ def test_data_connection_cut_in_the_middle_of_a_part(cluster: Cluster, proxy: Pr
     settled(tx, {near: near_ranks, far: far_ranks}, empty, 500)
 
 
-@pytest.mark.xfail(strict=True, reason="the receiver does not tell the sender that it has fenced")
 def test_sender_is_idle_after_its_data_connection_was_cut(cluster: Cluster, proxy: Proxy) -> None:
     """The receiver has fenced what was on its way, so the room is over on both sides. Pains 14, 26."""
     tx, rx = cluster.start("tx"), cluster.start("rx")

@@ -112,6 +112,15 @@ class Side:
         elif isinstance(completion, (LinkUp, LinkDown)):
             self.links.setdefault(completion.link, []).append(isinstance(completion, LinkUp))
 
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Collect completions until something is true."""
+
+        def pumped() -> object:
+            self.pump()
+            return condition()
+
+        until(pumped, what)
+
     def close(self) -> None:
         """Close, and see that the memory is let go of: an arena in use cannot be unmapped."""
         self.transport.close()

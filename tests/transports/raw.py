@@ -22,6 +22,10 @@ def read_descriptor(data: bytes) -> dict[str, Any]:
     return descriptor
 
 
+def write_descriptor(descriptor: dict[str, Any]) -> bytes:
+    return msgspec.msgpack.encode(descriptor)
+
+
 def hello(incarnation: bytes, nonce: bytes = b"n" * 32, magic: bytes = MAGIC, version: int = 1) -> bytes:
     return magic + struct.pack("<H", version) + incarnation + nonce
 

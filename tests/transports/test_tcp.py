@@ -172,7 +172,7 @@ def test_other_descriptors_are_refused(pair: Pair) -> None:
     good = raw.read_descriptor(pair.rx.transport.descriptor())
     for wrong in ({"version": 2}, {"host": "name.example"}, {"port": 0}, {"secret": b"short"}, {"incarnation": 7}):
         with pytest.raises(InvalidInput):
-            pair.tx.transport.connect(raw.msgspec.msgpack.encode({**good, **wrong}), pair.rx.regions)
+            pair.tx.transport.connect(raw.write_descriptor({**good, **wrong}), pair.rx.regions)
 
 
 def test_a_descriptor_does_not_show_its_secret(pair: Pair) -> None:
@@ -230,12 +230,7 @@ def test_connecting_takes_no_longer_than_allowed() -> None:
     tx = Side(TcpTransport(connect_s=0.2))
     with socket.socket() as full:
         link = connect_to_a_full_port(tx, full)
-
-        def is_down() -> bool:
-            tx.pump()
-            return tx.links.get(link) == [False]
-
-        until(is_down, "the news")
+        tx.until(lambda: tx.links.get(link) == [False], "the news")
         assert "0.2 s" in str(tx.seen[-1])
     tx.close()
 
@@ -254,7 +249,7 @@ def test_close_is_not_held_up_by_a_handshake() -> None:
     tx = Side(TcpTransport(handshake_s=3_600))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         own = raw.read_descriptor(tx.transport.descriptor())
-        tx.transport.connect(raw.msgspec.msgpack.encode({**own, "port": silent.getsockname()[1]}), [])
+        tx.transport.connect(raw.write_descriptor({**own, "port": silent.getsockname()[1]}), [])
         visitor, _ = silent.accept()
         visitor.recv(1)
         visitor.close()
@@ -271,7 +266,7 @@ def connect_to_a_full_port(tx: Side, full: socket.socket) -> int:
         filler.setblocking(False)
         filler.connect_ex(full.getsockname())
     own = raw.read_descriptor(tx.transport.descriptor())
-    descriptor = raw.msgspec.msgpack.encode({**own, "port": full.getsockname()[1]})
+    descriptor = raw.write_descriptor({**own, "port": full.getsockname()[1]})
     link = tx.transport.connect(descriptor, []).number
     for filler in fillers:
         filler.close()

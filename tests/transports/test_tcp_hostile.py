@@ -295,7 +295,7 @@ class Impostor:
         self._thread.start()
 
     def descriptor(self) -> bytes:
-        return raw.msgspec.msgpack.encode({**self.peer, "port": self.port})
+        return raw.write_descriptor({**self.peer, "port": self.port})
 
     def _run(self) -> None:
         sock, _ = self.listening.accept()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import struct
 import threading
 
 import pytest
@@ -57,7 +58,7 @@ def test_heads_with_odd_sizes_are_malformed(count: int, nbytes: int, sizes: list
     entries = [(region, size, 0) for region, size in sizes]
     try:
         data = Head(0, 0, False, nbytes, count, TOKEN).pack(entries)
-    except wire.struct.error:
+    except struct.error:
         return
     try:
         read = Head.unpack(data).unpack_entries(data[wire.HEAD_NBYTES :])
@@ -233,9 +234,9 @@ def test_a_revoked_token_is_forgotten_once_nobody_is_inside() -> None:
 # Threads
 
 
-def readable(fd: int | None) -> bool:
+def readable(fd: int | None, within_s: float = 0) -> bool:
     assert fd is not None
-    return bool(select.select([fd], [], [], 0)[0])
+    return bool(select.select([fd], [], [], within_s)[0])
 
 
 def test_the_outbox_is_readable_while_something_waits() -> None:
@@ -259,12 +260,17 @@ def test_the_outbox_is_readable_while_something_waits() -> None:
 def test_no_completion_is_left_behind_by_any_interleaving_of_threads() -> None:
     outbox = Outbox()
     outbox.open()
-    threads = [threading.Thread(target=lambda: [outbox.put(Done(n)) for n in range(2000)]) for _ in range(3)]
+
+    def put() -> None:
+        for ticket in range(2000):
+            outbox.put(Done(ticket))
+
+    threads = [threading.Thread(target=put) for _ in range(3)]
     for thread in threads:
         thread.start()
     taken = 0
     while taken < 6000:
-        assert select.select([outbox.fileno()], [], [], 20)[0]
+        assert readable(outbox.fileno(), within_s=20)
         taken += len(outbox.take())
     for thread in threads:
         thread.join()

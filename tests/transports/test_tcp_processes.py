@@ -109,11 +109,7 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
 
 
 def ended(tx: Side, *tickets: int) -> list[Done | Failed]:
-    def all_ended() -> bool:
-        tx.pump()
-        return tx.ends.keys() >= set(tickets)
-
-    until(all_ended, "the end of the tickets")
+    tx.until(lambda: tx.ends.keys() >= set(tickets), "the end of the tickets")
     return [tx.ends[ticket] for ticket in tickets]
 
 
@@ -146,7 +142,7 @@ def test_cancelled_tickets_end_although_the_receiver_is_paused(tx: Side, receive
     assert first == Failed(tickets[0], "cancelled", quiescent=False, source_free=True)
     assert isinstance(second, Failed)
     assert second.quiescent  # nothing of it had left
-    until(lambda: (tx.pump(), tx.links[link.number] == [True, False])[1], "the news")
+    tx.until(lambda: tx.links[link.number] == [True, False], "the news")
     receiver.signal(signal.SIGCONT)
     again = link.submit([Write(0, 7, 0, 1000)], receiver.token)
     assert ended(tx, again) == [Done(again)]
@@ -272,7 +268,7 @@ def test_a_frame_that_was_half_read_does_not_land_behind_a_fence(rx: Side, monke
     rx.pump()
     assert rx.fenced == []  # the reader may still write, as far as anybody knows
     gate.opened.set()
-    until(lambda: (rx.pump(), rx.fenced == [fence])[1], "the fence")
+    rx.until(lambda: rx.fenced == [fence], "the fence")
     paint_and_wait_for_the_reader(rx, gate)
     writer.close()
 

@@ -136,7 +136,8 @@ class Lane:
             self._mailbox.wait(None, None)
         elif self._backlog.has_frames:
             self._send_frame(stream)
-            self._collect(stream)
+            if self._backlog.has_frames:
+                self._collect(stream)
         else:
             self._rest(stream)
 
