@@ -21,7 +21,7 @@ from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
-from kvpoll_fsm.connection import introduction
+from kvpoll_fsm.connection import Connection, introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
 from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, TransportUnavailable, UnsupportedVersion
@@ -491,7 +491,7 @@ class Driver:
             self.core.say_bye()
             self.core.flush()
             self._carry_out()
-        return self._flush_over or (self._phase == "bye" and self.core.unacked == 0)
+        return self._flush_over or (self._phase == "bye" and not any(map(_must_hear, self.core.connections.values())))
 
     def _end(self, cause: str) -> None:
         self._cause = cause
@@ -523,6 +523,12 @@ class Driver:
         """Run what was still asked, so that every future ends, if to no effect."""
         while self._inbox:
             self._run_inbox(1)
+
+
+def _must_hear(connection: Connection) -> bool:
+    """The peer has not acknowledged our last words yet. One that never said anything has no room here."""
+    channel = connection.channel
+    return bool(channel.target and channel.unacked and (connection.outgoing or channel.received))
 
 
 def log_end(view: RoomView) -> None:

@@ -128,7 +128,7 @@ class _Life:
     """One life of a room on one side, put together from its records."""
 
     first: StateRecord | PartEntry
-    states: list[str] = field(default_factory=lambda: [KVPoll.Bootstrapping.name])
+    states: list[str] = field(default_factory=list)
     parts: list[PartEntry] = field(default_factory=list)
     sender: tuple[str, int] | None = None
     cause: str = ""
@@ -139,8 +139,8 @@ class _Life:
 
     @property
     def end(self) -> str:
-        """The state it was last seen in."""
-        return self.states[-1]
+        """The state it was last seen in, if any."""
+        return self.states[-1] if self.states else ""
 
 
 _MOVES = {(source.name, dest.name) for (source, _), dest in TABLE.items()}
@@ -170,8 +170,6 @@ def _lives(records: Iterable[Record]) -> dict[tuple[Any, ...], _Life]:
         key = (record.endpoint, record.side, record.room, record.rank, record.generation)
         if key not in lives:
             lives[key] = _Life(record)
-            if isinstance(record, StateRecord):
-                lives[key].states = []
         _add(lives[key], record)
     return lives
 

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 import kvpoll_fsm.driver
 import kvpoll_fsm.incoming
 import kvpoll_fsm.outgoing
 from kvpoll_fsm import Endpoint, EndpointClosed, FailureCode, InvalidInput, KVPoll, TransportUnavailable
+from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.driver import POLL_INTERVAL_S
-from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.messages import Hello, TransportOffer, encode
 from kvpoll_fsm.staging import stage
 from kvpoll_memory import Faults, MemoryTransport
 from tests.helpers import (
+    LAYOUT,
     SOON_S,
     TRANSPORTS,
     deadlines,
@@ -109,6 +112,32 @@ def test_close_with_a_transport_that_never_ends_a_ticket(monkeypatch: pytest.Mon
             assert failed(sender).code is FailureCode.Aborted
             assert sender.wait_quiescent(0)
         assert failed(receiver).code in (FailureCode.Aborted, FailureCode.PeerLost)
+
+
+def test_close_does_not_wait_for_a_peer_that_never_said_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It introduced itself and went; there is no room that it would have to hear of."""
+    monkeypatch.setattr(kvpoll_fsm.driver, "FLUSH_S", 60.0)
+    with nothing_left(), raw_dealer() as dealer:
+        tx = endpoint().start()
+        dealer.connect(tx.address.place)
+        dealer.send(encode(Hello(**introduction(b"m" * 16, LAYOUT, ()))))
+        until(lambda: tx.driver.core.connections)
+        closing = threading.Thread(target=tx.close, daemon=True)
+        closing.start()
+        closing.join(SOON_S)
+        assert not closing.is_alive()
+
+
+@contextmanager
+def raw_dealer() -> Iterator[Any]:
+    context: zmq.Context[Any] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    try:
+        yield dealer
+    finally:
+        dealer.close()
+        context.term()
 
 
 def test_closing_twice_and_from_many_threads_at_once() -> None:
