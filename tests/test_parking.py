@@ -1,0 +1,110 @@
+"""Reservations without a room: kept, replaced, withdrawn, dismissed, forgotten."""
+
+from __future__ import annotations
+
+from kvpoll_fsm.errors import Failure, FailureCode
+from kvpoll_fsm.messages import Abort, BlockGrant, PartAck, Quiesced, Reserve, Withdraw, Withdrawn
+from kvpoll_fsm.parking import Life, Parked, Parking
+from kvpoll_fsm.poll import KVPoll
+
+GRANT = BlockGrant(0, 8, (1,), (("tcp", b"t"),))
+FAILURE = Failure.of(FailureCode.Aborted, "enough", state=KVPoll.Bootstrapping, rank=0)
+
+
+def reserve(rank: int = 0, generation: int = 1, grant: BlockGrant | None = GRANT, room: int = 7) -> Reserve:
+    return Reserve(room=room, rank=rank, ranks=2, grant=grant, receiver_generation=generation)
+
+
+def abort(rank: int = 0, generation: int = 1, room: int = 7) -> Abort:
+    return Abort(room=room, rank=rank, receiver_generation=generation, failure=FAILURE)
+
+
+def test_reservations_are_adopted_once_in_the_order_they_came() -> None:
+    parking = Parking()
+    for rank in (1, 0):
+        assert parking.park(5, reserve(rank)) is None
+    parking.park(5, reserve(room=8))
+    assert len(parking) == 3
+    assert parking.adopt(7) == (Parked(5, reserve(1)), Parked(5, reserve(0)))
+    assert parking.adopt(7) == ()
+    assert len(parking) == 1
+
+
+def test_a_newer_word_of_the_same_life_replaces_the_older() -> None:
+    parking = Parking()
+    parking.park(5, reserve(grant=None))
+    assert parking.park(5, reserve()) is None
+    assert parking.adopt(7) == (Parked(5, reserve()),)
+
+
+def test_another_life_displaces_and_the_first_is_to_be_told() -> None:
+    parking = Parking()
+    parking.park(5, reserve())
+    for conn, generation in ((6, 1), (6, 2)):
+        told = parking.park(conn, reserve(generation=generation))
+        assert told is not None
+        to, message = told
+        assert (to, message.receiver_generation, message.quiescent) == (
+            (5, 1, True) if generation == 1 else (6, 1, True)
+        )
+        assert message.failure.code is FailureCode.ProtocolError
+    assert parking.adopt(7) == (Parked(6, reserve(generation=2)),)
+
+
+def test_a_withdrawn_grant_leaves_the_rank() -> None:
+    parking = Parking()
+    parking.park(5, reserve())
+    ask = Withdraw(room=7, rank=0, part=0, receiver_generation=1)
+    ids = {"room": 7, "rank": 0, "receiver_generation": 1}
+    assert parking.answer(5, ask) == Withdrawn(part=0, ok=True, **ids)
+    assert parking.adopt(7) == (Parked(5, reserve(grant=None)),)
+    assert parking.answer(5, ask) == Withdrawn(part=0, ok=True, **ids)  # nobody knows of it, so nobody uses it
+
+
+def test_a_receiver_that_gives_up_is_forgotten_and_answered() -> None:
+    parking = Parking()
+    parking.park(5, reserve(0))
+    parking.park(5, reserve(1))
+    for conn, message in ((6, abort()), (5, abort(generation=2)), (5, abort(rank=9)), (5, abort(room=1))):
+        parking.gave_up(conn, message)
+    assert len(parking) == 2
+    parking.gave_up(5, abort(0))
+    assert parking.adopt(7) == (Parked(5, reserve(1)),)
+    assert parking.answer(5, abort(0)) == Quiesced(room=7, rank=0, receiver_generation=1)
+    assert parking.answer(5, PartAck(room=7, rank=0, part=0)) is None
+
+
+def test_what_a_dismissed_life_reserves_is_void_until_it_has_said_its_last() -> None:
+    parking = Parking()
+    parking.dismiss(5, abort())
+    assert parking.is_dismissed(5, reserve())
+    assert not parking.is_dismissed(6, reserve())
+    assert not parking.is_dismissed(5, reserve(generation=2))
+    parking.gave_up(5, abort())
+    assert not parking.is_dismissed(5, reserve())
+    assert parking.key() == ((), ())
+
+
+def test_a_connection_takes_all_its_lives_along() -> None:
+    parking = Parking()
+    parking.park(5, reserve(0))
+    parking.park(6, reserve(1))
+    parking.park(5, reserve(room=8))
+    parking.dismiss(5, abort(3))
+    parking.dismiss(6, abort(3))
+    parking.hang_up(5)
+    assert parking.key() == ((Parked(6, reserve(1)),), (Life(6, 7, 3, 1),))
+    parking.hang_up(6)
+    assert parking.key() == ((), ())
+
+
+def test_a_copy_shares_nothing() -> None:
+    parking = Parking()
+    parking.park(5, reserve())
+    parking.dismiss(5, abort(1))
+    copy, before = parking.clone(), parking.key()
+    assert copy.key() == before
+    assert hash(before) == hash(copy.key())
+    parking.park(5, reserve(1))
+    parking.gave_up(5, abort(1))
+    assert copy.key() == before != parking.key()
