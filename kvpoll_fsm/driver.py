@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 POLL_INTERVAL_S = 0.001
 """How often a transport without a `fileno()` is asked, while there is something it could tell."""
+BLAME_S = 0.05
+"""How long a write that failed waits for word of the receiver, which may have given the room up."""
 FLUSH_S = 2.0
 """How long `close()` waits for peers to acknowledge the last outcomes."""
 
@@ -114,7 +116,14 @@ class Driver:
         self._links = Links(self.transports)
         self.incoming = Incoming(self.pool, self.transports, self._submit, self._feed, self.config.arrays)
         self.outgoing = Outgoing(
-            self.pool, self.transports, self._links, self.core.connections, self._submit, self._feed, self._hashes
+            self.pool,
+            self.transports,
+            self._links,
+            self.core.connections,
+            self._submit,
+            self._feed,
+            self._hashes,
+            lambda action: self._timers.set(action, BLAME_S),
         )
         self._watch()
         self._thread = threading.Thread(target=self._run, name="kvpoll-driver", daemon=True)
@@ -314,6 +323,8 @@ class Driver:
             self.core.flush(ack_now=True)
         elif name == "flush":
             self._flush_over = True
+        elif callable(name):
+            name()
         else:
             self.core.timer(name[0], name[1], epoch, self._host_alive())
 

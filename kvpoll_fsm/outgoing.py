@@ -98,7 +98,9 @@ class _Writing:
     loose: set[int] = field(default_factory=set)
     source_free: bool = True
     failed: str = ""
+    cancelled: bool = False
     ended: bool = False
+    reported: bool = False
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Outgoing:
         submit: Submit,
         feed: Callable[[RoomKey, Input], None],
         hashes: Callable[[str], bool],
+        later: Callable[[Callable[[], None]], None],
     ) -> None:
         """Store what is needed.
 
@@ -132,6 +135,8 @@ class Outgoing:
             submit: Runs work on a worker.
             feed: Gives an input to a room.
             hashes: Whether a transport wants a checksum.
+            later: Does something in a moment. A failure is reported so: where the receiver has given the room
+                up, its fence may end the write before its word arrives, which is the cause to be told.
         """
         self.sources: dict[RoomKey, RoomSource] = {}
         self._pool = pool
@@ -141,6 +146,7 @@ class Outgoing:
         self._submit = submit
         self._feed = feed
         self._hashes = hashes
+        self._later = later
         self._writings: dict[tuple[RoomKey, int], _Writing] = {}
         self._by_ticket: dict[tuple[str, int], _Writing] = {}
         self._lanes: dict[tuple[int, str], _Lane] = {}
@@ -157,6 +163,9 @@ class Outgoing:
         """Stop what can be stopped of the room's part; its ends are reported all the same."""
         for writing in self._of(key):
             self._give_up(writing, "cancelled")
+            writing.cancelled = True
+            if writing.ended:
+                self._report(writing)
             place = (writing.target.conn, writing.target.transport)
             link, lane = self._links.get(*place), self._lanes.get(place)
             if link is not None:
@@ -319,7 +328,7 @@ class Outgoing:
         del self._by_ticket[transport, ticket]
         writing.loose.discard(ticket)
         self._loose[writing.key].discard((transport, ticket))
-        if writing.ended and not writing.loose:
+        if writing.reported and not writing.loose:
             self._feed(writing.key, RankQuiesced(writing.target.rank, writing.command.part))
 
     def _give_up(self, writing: _Writing, why: str) -> None:
@@ -331,6 +340,15 @@ class Outgoing:
         if writing.pending or writing.tickets or writing.ended:
             return
         writing.ended = True
+        if writing.failed and not writing.cancelled:
+            self._later(lambda: self._report(writing))
+        else:
+            self._report(writing)
+
+    def _report(self, writing: _Writing) -> None:
+        if writing.reported:
+            return
+        writing.reported = True
         target, command = writing.target, writing.command
         self._writings.pop((writing.key, target.rank), None)
         written = PartWritten(

@@ -80,9 +80,8 @@ def test_close_with_live_rooms_tells_peers_and_leaves_nothing(transport: str, fi
         (tx if first == "tx" else rx).close()
         for handle in handles:
             failure = failed(handle)
-            # A write that meets the receiver's fence may tell the sender before the receiver's Abort does.
-            fenced = first == "rx" and handle.room % 2 and failure.code is FailureCode.TransportFailed
-            assert fenced or failure.code is FailureCode.Aborted, failure
+            assert failure.code is FailureCode.Aborted, failure
+            assert failure.detail == "the endpoint was closed"
             assert handle.wait_quiescent(SOON_S)
 
 
@@ -402,6 +401,30 @@ def test_an_exception_of_a_room_leaves_those_in_flight_alone(monkeypatch: pytest
         assert "native crash" in failed(poisoned).detail
         faults.release()
         assert receiver.wait(SOON_S) is S
+
+
+def test_why_the_receiver_gave_up_is_told_though_its_fence_is_met_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write fails at once, the receiver's word takes its time: the word is the cause."""
+    monkeypatch.setattr(kvpoll_fsm.driver, "BLAME_S", SOON_S)
+    faults, deaf = Faults(), threading.Event()
+    faults.hold()
+    with pair(faults=faults) as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1)
+        sender.send(make_data(10))
+        until(lambda: faults.submitted)
+        read = tx.driver._control.read
+        monkeypatch.setattr(tx.driver._control, "read", lambda: iter(()) if deaf.is_set() else read())
+        deaf.set()
+        receiver.abort("worker 7 is out of memory")
+        assert receiver.wait_quiescent(SOON_S)
+        faults.release()
+        until(lambda: all(writing.ended for writing in list(tx.driver.outgoing._writings.values())))
+        assert not sender.poll().is_terminal
+        deaf.clear()
+        failure = failed(sender)
+        assert (failure.code, failure.rank) == (FailureCode.Aborted, 0)
+        assert failure.detail == "worker 7 is out of memory"
+        assert sender.wait_quiescent(SOON_S)
 
 
 def test_a_request_that_raises_is_the_hosts_own(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,6 +78,8 @@ class Bench:
         self.transport = FakeTransport()
         self.peers = {CONN: Peer()}
         self.fed: list[tuple[RoomKey, Input]] = []
+        self.delays = False
+        self.delayed: list[Callable[[], None]] = []
         self.later: list[tuple[Callable[[], object], Callable[[object], None]]] | None = None
         transports = {"fake": cast("Transport", self.transport)}
         self.links = Links(transports)
@@ -89,6 +91,7 @@ class Bench:
             self._submit,
             lambda key, event: self.fed.append((key, event)),
             lambda transport: hashes,
+            lambda action: self.delayed.append(action) if self.delays else action(),
         )
         if link_up:
             self.links.reach(CONN, self.peers[CONN].offers["fake"], "fake", lambda ok, why: None)
@@ -350,6 +353,37 @@ def test_a_ticket_that_fails_after_its_peer_has_gone_is_quiescent(bench: Bench) 
     bench.end(0, reason="reset", quiescent=False)
     assert [w.quiescent for w in bench.written()] == [True]
     assert bench.out.idle
+
+
+def test_a_failure_is_reported_in_a_moment_so_that_its_cause_may_arrive_first(bench: Bench) -> None:
+    bench.delays = True
+    bench.start(ONE)
+    bench.start(TWO)
+    bench.end(0, reason="revoked", quiescent=False)
+    bench.end(1)
+    assert [w.ok for w in bench.written(TWO)] == [True]
+    assert bench.written(ONE) == []
+    assert not bench.out.idle
+    bench.out.completed("fake", Quiesced(0))
+    [report] = bench.delayed
+    report()
+    report()
+    assert [(w.detail, w.quiescent) for w in bench.written(ONE)] == [("revoked", True)]
+    assert not any(isinstance(event, RankQuiesced) for _, event in bench.fed)
+    assert bench.out.idle
+
+
+def test_once_the_cause_is_known_nothing_is_waited_for(bench: Bench) -> None:
+    bench.delays = True
+    bench.start()
+    bench.end(0, reason="revoked", quiescent=False)
+    bench.out.cancel(ONE)
+    assert [w.detail for w in bench.written()] == ["revoked"]
+    bench.out.completed("fake", Quiesced(0))
+    assert bench.fed[-1] == (ONE, RankQuiesced(0, 0))
+    for report in bench.delayed:
+        report()
+    assert len(bench.written()) == 1
 
 
 # Cancelling

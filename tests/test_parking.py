@@ -96,6 +96,7 @@ def test_a_connection_takes_all_its_lives_along() -> None:
     assert parking.key() == ((Parked(6, reserve(1)),), (Life(6, 7, 3, 1),))
     parking.hang_up(6)
     assert parking.key() == ((), ())
+    assert not parking._rooms
 
 
 def test_a_copy_shares_nothing() -> None:

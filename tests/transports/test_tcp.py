@@ -413,6 +413,19 @@ def test_a_ticket_that_is_sent_slowly_is_done_in_the_end(pair: Pair, monkeypatch
     assert pair.rx.arenas[0][: 1 << 10] == pair.tx.arenas[0][: 1 << 10]
 
 
+def test_a_peer_that_reads_slowly_does_not_stand_still() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as sock:
+        reader, _ = listening.accept()
+        with reader:
+            sock.setblocking(False)
+            stream = Stream(sock)
+            while stream.send([memoryview(bytes(MIB))]):
+                pass
+            until(lambda: stream.still_since() == stream.still_since(), "the kernels to be at rest")
+            before = stream.still_since()
+            until(lambda: reader.recv(MIB) and stream.still_since() > before, "a move")
+
+
 def test_nothing_is_accepted_once_the_listener_is_stopped(pair: Pair) -> None:
     listener: Listener = pair.rx.transport._listener  # type: ignore[attr-defined]
     listener.stop()

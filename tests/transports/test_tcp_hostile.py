@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -87,6 +88,16 @@ def test_strangers_are_dropped(scene: Scene, visit: Callable[[Raw], None]) -> No
         visit(visitor)
         assert visitor.is_dropped()
     scene.unharmed()
+
+
+def test_strangers_who_hang_up_at_once_hold_up_nobody(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(50):
+        visitor = Raw(scene.descriptor, shake_hands=False)
+        visitor.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        visitor.close()
+    scene.up(scene.tx.connect(scene.rx))
+    scene.unharmed()
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
 def test_an_old_conversation_cannot_be_played_back(scene: Scene) -> None:
@@ -379,6 +390,23 @@ def test_an_answer_to_nothing_breaks_the_link(scene: Scene) -> None:
     impostor = Impostor(scene.descriptor, behave)
     link = scene.tx.transport.connect(impostor.descriptor(), scene.rx.regions)
     scene.until(lambda: scene.tx.links.get(link.number) == [True, False], "the news")
+    link.close()
+    impostor.close()
+
+
+def test_a_wrong_answer_does_not_take_back_a_right_one(scene: Scene) -> None:
+    def behave(sock: socket.socket, impostor: Impostor) -> None:
+        greet(sock, impostor)
+        left = 2 * (56 + 10)
+        while left:
+            left -= len(sock.recv(left))
+        sock.sendall(b"".join(raw.ACK.pack(raw.FRAME_MAGIC, 2, 0, 0, ticket) for ticket in (0, 999)))
+
+    impostor = Impostor(scene.descriptor, behave)
+    link = scene.tx.transport.connect(impostor.descriptor(), scene.rx.regions)
+    first, second = (link.submit([Write(0, 0, 0, 10)], b"t" * 16) for _ in range(2))
+    scene.done(first)
+    assert not scene.failed(second).quiescent
     link.close()
     impostor.close()
 

@@ -72,7 +72,6 @@ class Lane:
         self._mailbox: Mailbox[Job | Cancel | _Close] = Mailbox()
         self._backlog = Backlog()
         self._stream: Stream | None = None
-        self._moved_at = 0.0
         self._tried = False
         self._closed = False
 
@@ -157,10 +156,7 @@ class Lane:
         for write in frame.writes:
             views.append(self._sources[write.region][write.src_offset : write.src_offset + write.nbytes])
         while views:
-            sent = stream.send(views)
-            advance(views, sent)
-            if sent:
-                self._moved_at = time.monotonic()
+            advance(views, stream.send(views))
             if views:
                 self._look_up(stream)
 
@@ -170,28 +166,25 @@ class Lane:
         if self._closed:
             raise Broken("closed by this side")
         self._collect(stream)
-        self._check_patience()
+        self._check_patience(stream)
 
     def _rest(self, stream: Stream) -> None:
         """Nothing to send: wait for answers and orders."""
         timeout_s = None if self._backlog.stopping_since is None else SEND_LOOK_S
         if self._mailbox.wait(stream.fileno(), timeout_s):
             self._collect(stream)
-        self._check_patience()
+        self._check_patience(stream)
 
     def _collect(self, stream: Stream) -> None:
         """Take the answers that are here."""
-        answers = stream.answers()
-        if not answers:
-            return
-        now = self._moved_at = time.monotonic()
-        self._outbox.put(*(end for answer in answers for end in self._backlog.answered(answer, now)))
+        for answer in stream.answers():
+            self._outbox.put(*self._backlog.answered(answer, time.monotonic()))
 
-    def _check_patience(self) -> None:
+    def _check_patience(self, stream: Stream) -> None:
         """Give up on a peer that stands still while a stopped ticket waits to end."""
         since = self._backlog.stopping_since
         patience_s = self._settings.cancel_patience_s
-        if since is not None and time.monotonic() - max(since, self._moved_at) > patience_s:
+        if since is not None and time.monotonic() - max(since, stream.still_since()) > patience_s:
             raise Broken(f"the peer took no byte for {patience_s:g} s while a ticket was to end")
 
     def _break(self, reason: str) -> None:

@@ -104,9 +104,8 @@ class Listener:
         plug.insert(sock)
         reader = Reader(sock, plug, f"{address[0]}:{address[1]}", self._identity, self._landing)
         try:
-            prepare(sock, self._settings)
             self._make_room(reader)
-            self._crew.start(f"read-{reader.peer}", lambda: reader.run(self, self._settings.handshake_s))
+            self._crew.start(f"read-{reader.peer}", lambda: reader.run(self, self._settings))
         except (OSError, RuntimeError):
             plug.pull()
             self.forget(reader)
@@ -143,11 +142,12 @@ class Reader:
         """End the connection soon. For any thread."""
         self._plug.cut()
 
-    def run(self, listener: Listener, handshake_s: float) -> None:
+    def run(self, listener: Listener, settings: TcpSettings) -> None:
         """The thread: the handshake, then frames until the connection ends."""
         try:
+            prepare(self._socket, settings)
             visitor = Visitor(self._socket, self._identity)
-            visitor.check(handshake_s)
+            visitor.check(settings.handshake_s)
             listener.admit(self)
             visitor.welcome()
             while self._frame():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
+import termios
+import time
 
 from kvpoll_tcp.handshake import Descriptor, prove_to_receiver
 from kvpoll_tcp.settings import TcpSettings
@@ -14,6 +18,7 @@ __all__ = ["SEND_LOOK_S", "Stream"]
 SEND_LOOK_S = 0.1
 """How long a send may wait before its thread looks at its orders and answers again."""
 _ANSWERS_NBYTES = ACK_NBYTES << 10
+_COUNT = struct.Struct("@i")
 
 
 class Stream:
@@ -22,6 +27,8 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._rest = b""
+        self._moved_at = time.monotonic()
+        self._outgoing_nbytes = 0
 
     @classmethod
     def open(cls, plug: Plug, peer: Descriptor, settings: TcpSettings) -> Stream:
@@ -47,9 +54,11 @@ class Stream:
             OSError: As the socket says.
         """
         try:
-            return self._socket.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg(views, (), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return 0
+        self._moved_at = time.monotonic()
+        return sent
 
     def answers(self) -> list[Ack]:
         """The answers that are here, without waiting.
@@ -65,7 +74,16 @@ class Stream:
             return []
         if not data:
             raise Broken("the peer closed the connection")
+        self._moved_at = time.monotonic()
         data = self._rest + data
         whole = len(data) - len(data) % ACK_NBYTES
         self._rest = data[whole:]
         return Ack.unpack_all(data[:whole])
+
+    def still_since(self) -> float:
+        """When something moved last: a send, an answer, or bytes that the peer's kernel took from ours."""
+        (nbytes,) = _COUNT.unpack(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(_COUNT.size)))
+        if nbytes != self._outgoing_nbytes:
+            self._outgoing_nbytes = nbytes
+            self._moved_at = time.monotonic()
+        return self._moved_at
