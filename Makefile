@@ -5,6 +5,7 @@
 PYTHON ?= python3
 ARGS ?= --tokens 2000 --blocks 8 --block-tokens 128 --hidden 3584 --dtype bfloat16
 WORKERS ?= 2
+SCENES ?= --quick
 
 BIN := .venv/bin
 PINS := tests/constraints.txt
@@ -17,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check coverage clean
+.PHONY: help demo test check coverage explore clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,7 +26,7 @@ help: ## show this list
 demo: .venv/.stamp-demo ## run the demo; other sizes with: make demo ARGS="--tokens 500 ..."
 	$(BIN)/kvpoll demo $(ARGS)
 
-test: check coverage ## all static checks, all tests, the coverage gates
+test: check explore coverage ## all static checks, the quick exploration, all tests, the coverage gates
 
 check: .venv/.stamp-test ## static checks: style, types, imports, wheel contents
 	$(BIN)/ruff check .
@@ -36,6 +37,9 @@ check: .venv/.stamp-test ## static checks: style, types, imports, wheel contents
 	@rm -rf build/wheel
 	$(BIN)/python -m build -q -w -n -o build/wheel .
 	$(BIN)/check-wheel-contents build/wheel
+
+explore: .venv/.stamp-test ## every interleaving of the quick scenes; all scenes with: make explore SCENES=
+	$(BIN)/kvpoll explore $(SCENES)
 
 # The pure modules, as kvpoll_fsm/poll.py,...: the import contract in pyproject.toml lists them.
 PURE = $$($(BIN)/python -c "from importlinter.api import read_configuration as conf; \

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvpoll_fsm.channel import Channel
+from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import (
     PROTOCOL,
@@ -120,6 +121,20 @@ class Connection:
             return ""
         blocks = f"{len(grant.blocks)} blocks of {self.block_tokens}"
         return f"a grant of {grant.tokens} tokens in {blocks} for part {grant.part}"
+
+    def tick(self, deadlines: Deadlines, *, busy: bool) -> str:
+        """A heartbeat's time has passed; returns why the connection is to end, or nothing.
+
+        Args:
+            deadlines: How long a peer may be silent, and a connection idle.
+            busy: Some room uses the connection.
+        """
+        self.silent_ticks += 1
+        self.idle_ticks = 0 if busy else self.idle_ticks + 1
+        if self.peer is not None and self.silent_ticks * deadlines.heartbeat_s > deadlines.peer_lost_s:
+            return f"the peer was not heard for {deadlines.peer_lost_s:g} s"
+        idle = self.outgoing and self.idle_ticks * deadlines.heartbeat_s > deadlines.linger_s
+        return "idle" if idle else ""
 
     def resend_tick(self) -> list[Packet]:
         """What to send again: everything unacknowledged if nothing was acknowledged since the last tick.

@@ -20,7 +20,7 @@ from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.lessor import WITHDRAW_TIMER, Lessor
-from kvpoll_fsm.messages import MAX_BEATS_PER_FRAME, Beat, Frame, Hello, Message, Stranger, Welcome
+from kvpoll_fsm.messages import Beat, Frame, Hello, Message, Stranger, Welcome
 from kvpoll_fsm.parking import Parking
 from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.receiver_session import ReceiverOptions, ReceiverSession
@@ -29,6 +29,8 @@ from kvpoll_fsm.sender_session import SenderOptions, SenderSession
 from kvpoll_fsm.session import RoomKey, Session
 
 __all__ = ["Changed", "CoreOptions", "Do", "Effect", "EndpointCore", "Hangup", "Transmit"]
+
+UNKNOWN_THERE = "the peer does not know this connection any more: it was restarted, or took us for lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class EndpointCore:
         if connection is None or packet.answers != connection.channel.source:
             return
         if connection.peer not in (None, packet.incarnation):
-            self.end(conn, "the peer does not know this connection any more: it was restarted, or took us for lost")
+            self.end(conn, UNKNOWN_THERE)
             return
         differences = connection.differences(self.options.layout, packet)
         known = connection.peer is not None
@@ -198,16 +200,17 @@ class EndpointCore:
         """The endpoint at the other end does not know the incarnation we spoke to."""
         connection = self.connections.get(conn)
         if connection is not None and connection.peer == packet.target:
-            self.end(conn, "the peer does not know this connection any more: it was restarted, or took us for lost")
+            self.end(conn, UNKNOWN_THERE)
 
     def end(self, conn: int, detail: str, code: FailureCode = FailureCode.PeerLost) -> None:
-        """A connection ends for good; its rooms are told."""
+        """A connection ends for good; its rooms are told, and the peer, in case it hears us."""
         rooms = self._rooms_of.pop(conn, None)
         if rooms is None:  # gone, or ending at this moment
             return
         for key in rooms:
             self._out.feed(key, inputs.PeerGone(conn, detail, code))
         self._run()
+        self._peers.push(conn, messages.Bye())
         self._peers.remove(conn)
         self.parking.hang_up(conn)
         self._out.emit(Hangup(conn))
@@ -230,19 +233,14 @@ class EndpointCore:
 
     def heartbeat_tick(self, host_alive: bool) -> None:
         """`heartbeat_s` has passed: tell peers that we live, find those that do not."""
-        deadlines = self.options.deadlines
         for connection in list(self.connections.values()):
             rooms = self._rooms_of.get(connection.number)
             if rooms is None:  # ended with another
                 continue
-            self._transmit_beats(connection, host_alive)
-            connection.silent_ticks += 1
-            connection.idle_ticks = 0 if rooms else connection.idle_ticks + 1
-            if connection.peer is not None and connection.silent_ticks * deadlines.heartbeat_s > deadlines.peer_lost_s:
-                self.end(connection.number, f"the peer was not heard for {deadlines.peer_lost_s:g} s")
-            elif connection.outgoing and connection.idle_ticks * deadlines.heartbeat_s > deadlines.linger_s:
-                self._peers.push(connection.number, messages.Bye())
-                self.end(connection.number, "idle")
+            self._peers.heartbeat(connection, list(self._beats(connection.number, host_alive)))
+            reason = connection.tick(self.options.deadlines, busy=bool(rooms))
+            if reason:
+                self.end(connection.number, reason)
 
     def resend_tick(self) -> None:
         """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""
@@ -404,16 +402,8 @@ class EndpointCore:
         if self.sessions[key].binds(connection.number, beat.rank, beat.receiver_generation):
             self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), beat.bytes_done, beat.host_alive))
 
-    def _transmit_beats(self, connection: Connection, host_alive: bool) -> None:
-        if connection.peer is None:
-            return
-        beats = list(self._beats(connection, host_alive))
-        for at in range(0, max(1, len(beats)), MAX_BEATS_PER_FRAME):
-            frame = connection.channel.heartbeat(tuple(beats[at : at + MAX_BEATS_PER_FRAME]))
-            self._out.emit(Transmit(connection.number, frame))
-
-    def _beats(self, connection: Connection, host_alive: bool) -> Iterator[Beat]:
-        for key in self._rooms_of[connection.number]:
+    def _beats(self, conn: int, host_alive: bool) -> Iterator[Beat]:
+        for key in self._rooms_of[conn]:
             session = self.sessions[key]
             if not session.state.is_terminal:
-                yield from session.beats(connection.number, host_alive)
+                yield from session.beats(conn, host_alive)

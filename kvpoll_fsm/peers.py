@@ -9,7 +9,7 @@ from kvpoll_fsm.connection import Connection, introduction, name_of
 from kvpoll_fsm.effects import Outbox, Transmit
 from kvpoll_fsm.errors import ChannelOverflow
 from kvpoll_fsm.layout import Layout
-from kvpoll_fsm.messages import Hello, Message, TransportOffer, Welcome
+from kvpoll_fsm.messages import MAX_BEATS_PER_FRAME, Beat, Hello, Message, TransportOffer, Welcome
 
 __all__ = ["Peers"]
 
@@ -88,6 +88,14 @@ class Peers:
                 self._out.emit(Transmit(conn, frame))
             if not channel.owes_ack:
                 del self._unflushed[conn]
+
+    def heartbeat(self, connection: Connection, beats: list[Beat]) -> None:
+        """Say that we live, and where the rooms of a connection stand, if anybody is there yet."""
+        if connection.peer is None:
+            return
+        for at in range(0, max(1, len(beats)), MAX_BEATS_PER_FRAME):
+            frame = connection.channel.heartbeat(tuple(beats[at : at + MAX_BEATS_PER_FRAME]))
+            self._out.emit(Transmit(connection.number, frame))
 
     def resend_tick(self) -> None:
         """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""

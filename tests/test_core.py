@@ -899,7 +899,7 @@ def test_a_bye_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_heartbeats_of_many_rooms_are_cut_into_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpoll_fsm.core.MAX_BEATS_PER_FRAME", 3)
+    monkeypatch.setattr("kvpoll_fsm.peers.MAX_BEATS_PER_FRAME", 3)
     one = world()
     for room in range(8):
         one.open_receiver("r0", room, blocks=1)

@@ -370,7 +370,7 @@ def test_the_world_notices_a_missing_timer() -> None:
     assert one.sender is not None
     del one.world.hosts[SENDER].timers[one.sender, "gate"]
     with pytest.raises(AssertionError, match="has timers"):
-        check(one.world)
+        check(one.world, one.world.hosts[SENDER])
 
 
 def test_a_late_write_lands_until_it_is_fenced() -> None:

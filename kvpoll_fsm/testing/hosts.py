@@ -11,7 +11,7 @@ from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Packet
 from kvpoll_fsm.session import RoomKey
 
-__all__ = ["Delivery", "Host", "Job", "LateWrite"]
+__all__ = ["Delivery", "Host", "Job", "LateWrite", "token_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +113,8 @@ class Host:
         for slot, value in zip(self.slots(blocks, len(values)), values, strict=True):
             self.memory[slot] = value
         return True
+
+
+def token_of(target: Target) -> bytes:
+    """The token that admits a target's writes."""
+    return target.grant.token(target.transport)

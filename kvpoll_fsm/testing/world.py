@@ -39,7 +39,7 @@ from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.testing import invariants
-from kvpoll_fsm.testing.hosts import Delivery, Host, Job, LateWrite
+from kvpoll_fsm.testing.hosts import Delivery, Host, Job, LateWrite, token_of
 
 __all__ = ["SENDER", "Delivery", "Host", "Job", "LateWrite", "World"]
 
@@ -261,7 +261,7 @@ class World:
             peer = self._peer_of(host, connection.number, connection.peer)
             if peer is not None:
                 self.peers[host.incarnation, connection.number] = peer
-        invariants.check(self)
+        invariants.check(self, host)
 
     # Inside
 
@@ -406,8 +406,3 @@ class World:
         for held in command.parts:
             host.out[key].update(enumerate(host.read(held), held.offset))
         return inputs.CopiedOut(last.part, failure)
-
-
-def token_of(target: Target) -> bytes:
-    """The token that admits a target's writes."""
-    return target.grant.token(target.transport)

@@ -9,6 +9,7 @@ from kvpoll_fsm.testing.laws import broken_law, is_end
 from kvpoll_fsm.testing.universe import Budget, Scene, Universe
 
 SCENE = Scene("two parts", parts=2)
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_scene_without_faults_ends_in_one_way() -> None:

@@ -23,6 +23,7 @@ from kvpoll_fsm.testing.laws import broken_law
 from kvpoll_fsm.testing.universe import Budget, Scene
 
 Patch = pytest.MonkeyPatch
+pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ numbers = st.integers(0, 30)
 
 
 class Sessions(RuleBasedStateMachine):
-    """A sender, up to three receivers, up to two rooms. Numbers choose among what is possible at that moment."""
+    """A sender, receivers, rooms, and every fault. Numbers choose among what is possible at that moment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,34 +91,11 @@ class Sessions(RuleBasedStateMachine):
         self.ranks = 1
         self.rooms: list[Room] = []
 
-    @initialize(
-        ranks=st.integers(1, 3),
-        pools=st.lists(st.tuples(st.integers(2, 5), st.integers(1, 4)), min_size=4, max_size=4),
-        rooms=st.lists(
-            st.tuples(st.integers(1, 14), st.integers(1, 2), st.sampled_from(["drain", "extend"]), st.booleans()),
-            min_size=1,
-            max_size=2,
-        ),
-        checksums=st.booleans(),
-        transports=st.sampled_from([("a",), ("a", "b")]),
-        ahead=st.integers(0, 60),
-    )
-    def begin(
-        self,
-        ranks: int,
-        pools: list[tuple[int, int]],
-        rooms: list[tuple[int, int, str, bool]],
-        checksums: bool,
-        transports: tuple[str, ...],
-        ahead: int,
-    ) -> None:
-        self.ranks = ranks
-        self.world = World(checksums=checksums, transports=transports)
-        for name, (blocks, block_tokens) in zip([SENDER, *self.names], pools, strict=False):
+    def begin(self, world: World, pools: list[tuple[int, int]], rooms: list[Room], ahead: int) -> None:
+        """Start everybody, the receivers in the opposite order of rooms, and let some steps go well."""
+        self.ranks, self.world, self.rooms = len(pools) - 1, world, rooms
+        for name, (blocks, block_tokens) in zip([SENDER, *self.names], pools, strict=True):
             self.world.add_host(name, blocks, block_tokens)
-        for number, (tokens, blocks, resume, dummy) in enumerate(rooms, 1):
-            dummies = frozenset({ranks - 1} if dummy and ranks > 1 else ())
-            self.rooms.append(Room(number, tokens, blocks, resume, dummies))
         for room in self.rooms:
             self._open(room, SENDER)
         for room in reversed(self.rooms):
@@ -212,6 +189,14 @@ class Sessions(RuleBasedStateMachine):
         if timers:
             self.world.fire(*_pick(timers, at), host_alive=host_alive)
 
+    @rule(steps=st.integers(0, 10))
+    def withdraw(self, steps: int) -> None:
+        """Everybody says where it stands, then the pools ask for unused grants."""
+        for name in self.world.hosts:
+            self.world.tick(name, heartbeat=True)
+        self._run(steps)
+        self._withdraw()
+
     # The end
 
     def teardown(self) -> None:
@@ -292,6 +277,8 @@ class Sessions(RuleBasedStateMachine):
     def _heal(self) -> None:
         """No more faults, but every tick of time short of a deadline."""
         for _ in range(12):
+            if self._over():
+                return
             self.world.run()
             while self.world.late:
                 self.world.quiesce()
@@ -299,19 +286,65 @@ class Sessions(RuleBasedStateMachine):
                 self.world.tick(name)
                 self.world.tick(name, heartbeat=True)
             self.world.run()
-            for host in self.world.hosts.values():
-                if (None, "withdraw") in host.timers:
-                    self.world.fire(host.name, None, "withdraw")
+            self._withdraw()
         self.world.run()
+
+    def _over(self) -> bool:
+        """Nothing is on its way, nothing unacknowledged, no room live or waiting for quiescence."""
+        cores = [host.core for host in self.world.hosts.values()]
+        lives = [life for core in cores for life in core.sessions.values()]
+        pending = self.world.network or self.world.jobs or self.world.late or any(core.unacked for core in cores)
+        return not pending and all(life.quiescent for life in lives)
+
+    def _withdraw(self) -> None:
+        for host in self.world.hosts.values():
+            if (None, "withdraw") in host.timers:
+                self.world.fire(host.name, None, "withdraw")
 
 
 def _pick(choices: list[Any], at: int) -> Any:
     return choices[at % len(choices)]
 
 
-def run_machine(machine: Callable[[], RuleBasedStateMachine], examples: int, steps: int) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+class RoomyMachine(Sessions):
+    """Up to three ranks, up to two rooms, pools of all sizes."""
+
+    @initialize(
+        pools=st.lists(st.tuples(st.integers(2, 5), st.integers(1, 4)), min_size=2, max_size=4),
+        rooms=st.lists(
+            st.tuples(st.integers(1, 14), st.integers(1, 2), st.sampled_from(["drain", "extend"]), st.booleans()),
+            min_size=1,
+            max_size=2,
+        ),
+        checksums=st.booleans(),
+        ahead=st.integers(0, 60),
+    )
+    def roomy(
+        self, pools: list[tuple[int, int]], rooms: list[tuple[int, int, str, bool]], checksums: bool, ahead: int
+    ) -> None:
+        last = len(pools) - 2
+        dummies = [frozenset({last} if dummy and last else ()) for *_, dummy in rooms]
+        made = [Room(n, *room[:3], dummies[n - 1]) for n, room in enumerate(rooms, 1)]
+        self.begin(World(checksums=checksums), pools, made, ahead)
 
 
-def test_sessions_with_every_fault() -> None:
-    run_machine(Sessions, examples=100, steps=40)
+class CrowdedMachine(Sessions):
+    """Two rooms that each want all the blocks of each of two pools, and two transports."""
+
+    @initialize(resume=st.lists(st.sampled_from(["drain", "extend"]), min_size=2, max_size=2), ahead=st.integers(0, 40))
+    def crowded(self, resume: list[str], ahead: int) -> None:
+        rooms = [Room(n, 5, 2, resume[n - 1], frozenset()) for n in (1, 2)]
+        self.begin(World(transports=("a", "b")), [(2, 1)] * 3, rooms, ahead)
+        self.world.network.reverse()
+
+
+def run_machine(machine: Callable[[], RuleBasedStateMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=100, stateful_step_count=40))
+
+
+def test_rooms_with_every_fault() -> None:
+    run_machine(RoomyMachine)
+
+
+def test_crowded_rooms_with_every_fault() -> None:
+    run_machine(CrowdedMachine)
