@@ -18,7 +18,7 @@ from kvpoll_fsm.trace import EndpointRecord, Record, check, decode_line
 
 if TYPE_CHECKING:
     from kvpoll_fsm.testing.explore import Report
-    from kvpoll_fsm.testing.universe import Scene
+    from kvpoll_fsm.testing.scene import Scene
 
 __all__ = ["check_trace", "explore", "keygen"]
 

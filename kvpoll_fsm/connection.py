@@ -24,7 +24,7 @@ from kvpoll_fsm.messages import (
     Welcome,
 )
 
-__all__ = ["Connection", "introduction", "name_of", "same_process"]
+__all__ = ["Connection", "introduction", "name_of"]
 
 MAX_RESEND_TICKS = 8
 
@@ -48,11 +48,6 @@ def name_of(incarnation: bytes, number: int) -> bytes:
     it goes by a name of its own. The last 12 bytes stay, the first 4 tell the connections apart.
     """
     return (int.from_bytes(incarnation, "big") ^ number << 96).to_bytes(16, "big")
-
-
-def same_process(one: bytes, other: bytes) -> bool:
-    """Whether two incarnations, or names made of them, are of one process."""
-    return one[4:] == other[4:]
 
 
 class Connection:

@@ -8,9 +8,11 @@ import pytest
 
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.connection import MAX_RESEND_TICKS, Connection, introduction, name_of
+from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import BlockGrant, Bye, Frame, Hello, Reserve, Resume, TransportOffer, Welcome
 
+DEADLINES = Deadlines()
 OURS, PEER = b"o" * 16, b"p" * 16
 LAYOUT = Layout(4, [Field("x", "int8"), Field("aux", "int64", (2,), per_room=True)])
 OFFERS = (TransportOffer("tcp", b"there"), TransportOffer("shm", b"here"))
@@ -84,6 +86,30 @@ def test_progress_makes_resends_prompt_again() -> None:
     assert resends(one, 3) == [2]
     one.channel.accept(Frame(PEER, OURS, outgoing=False, ack=2))
     assert resends(one, 20) == []
+
+
+def ticks_until(one: Connection, *, busy: bool) -> tuple[int, str]:
+    """How many ticks it takes until the connection is to end, and why."""
+    for tick in range(1, 100):
+        reason = one.tick(DEADLINES, busy=busy)
+        if reason:
+            return tick, reason
+    return 0, ""
+
+
+def test_a_silent_peer_is_lost_after_its_time() -> None:
+    one = connection()
+    assert ticks_until(one, busy=True) == (0, "")  # nobody is missed who was never there
+    one.introduce(welcome())
+    assert ticks_until(one, busy=True) == (6, "the peer was not heard for 5 s")
+
+
+def test_the_caller_ends_what_is_idle() -> None:
+    one = connection()
+    assert ticks_until(one, busy=False) == (31, "idle")
+    assert one.tick(DEADLINES, busy=True) == ""
+    assert ticks_until(one, busy=False) == (31, "idle")
+    assert ticks_until(connection(None), busy=False) == (0, "")
 
 
 @pytest.mark.parametrize("tokens", [8, 9])

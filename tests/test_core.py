@@ -690,6 +690,47 @@ def test_a_grant_of_more_tokens_than_its_blocks_hold_is_a_protocol_error() -> No
     end(world, victim)
 
 
+def ids_of(one: Transfer) -> dict[str, int]:
+    slot = one.tx.slots[0]
+    generation = {"sender_generation": one.tx.room_key.generation, "receiver_generation": slot.generation}
+    return {"room": one.room, "rank": 0} | generation
+
+
+FORGED: dict[str, tuple[str, Any]] = {
+    "an ack of another part": ("r0", lambda ids: messages.PartAck(part=9, **ids)),
+    "an ack nobody asked for": ("r0", lambda ids: messages.PartAck(part=1, **ids)),
+    "a resume at another token": ("r0", lambda ids: messages.Resume(sent_tokens=3, grant=FORGED_GRANT, **ids)),
+    "opened again": (SENDER, lambda ids: Opened(required=2, **ids)),
+    "opened for other ranks": (SENDER, lambda ids: Opened(required=1, **ids)),
+    "a part at another token": (SENDER, lambda ids: forged_report(offset=3, **ids)),
+    "a part of another number": (SENDER, lambda ids: forged_report(part=7, **ids)),
+    "a last part that is not": (SENDER, lambda ids: forged_report(is_last=True, **ids)),
+    "another total": (SENDER, lambda ids: forged_report(total_tokens=60, **ids)),
+    "an outcome of nothing": (SENDER, lambda ids: messages.PartOutcome(part=1, is_last=False, state=T, **ids)),
+}
+FORGED_GRANT = messages.BlockGrant(1, 8, (0, 1), (("memory", b"t"),))
+
+
+def forged_report(**fields: Any) -> messages.PartReport:
+    right = {"part": 1, "offset": 8, "tokens": 8, "total_tokens": 20, "is_last": False, "transport": "memory"}
+    return messages.PartReport(**(right | fields))
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_what_a_peer_must_not_say_ends_that_room_and_no_other(what: str) -> None:
+    name, make = FORGED[what]
+    one = transfer(20, 2, block_tokens=4, blocks=2).open()
+    world = one.world
+    other = Transfer(world, 20, 2, room=8, blocks=2).open()
+    run_until(world, lambda: one.tx.state is T)
+    say(world, name, make(ids_of(one)))
+    rest(world)
+    rank = 0
+    one.assert_failed("ProtocolError", rank=rank)
+    other.assert_success()
+    end(world, one, other)
+
+
 def lie(message: Any) -> Any:
     grant = getattr(message, "grant", None)
     if grant is None:
@@ -822,6 +863,19 @@ def test_bye_ends_the_rooms_of_that_peer() -> None:
     failure = one.rx().failure
     assert failure is not None
     assert (failure.code, failure.detail) == (FailureCode.PeerLost, "the peer said bye")
+
+
+def test_who_ends_a_connection_says_so_in_case_it_is_heard() -> None:
+    """A peer taken for lost learns at once what became of its rooms, and that it must come anew."""
+    one = transfer(500).open(supply=False)
+    one.world.run()
+    for _ in range(6):
+        one.world.tick(SENDER, heartbeat=True)
+    assert one.tx.state is F
+    one.world.run()
+    one.assert_failed("PeerLost", "the peer was not heard for 5 s", rank=0)
+    assert not one.world.hosts["r0"].core.connections
+    end(one.world, one)
 
 
 def test_nothing_after_a_bye_is_heard() -> None:

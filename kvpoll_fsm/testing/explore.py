@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpoll_fsm.testing.laws import broken_law, is_end
-from kvpoll_fsm.testing.universe import Action, Scene, Universe
+from kvpoll_fsm.testing.scene import Scene
+from kvpoll_fsm.testing.universe import Action, Universe
 
 __all__ = ["NO_END", "Finding", "Report", "explore", "replay"]
 

@@ -9,7 +9,8 @@ from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import GATE_TIMER, RoomKey, Session
-from kvpoll_fsm.testing.universe import Cell, Node, Universe
+from kvpoll_fsm.testing.props import Cell, Node
+from kvpoll_fsm.testing.universe import Universe
 
 __all__ = ["broken_law", "is_end"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpoll_fsm.testing.universe import Budget, Scene
+from kvpoll_fsm.testing.scene import Budget, Scene
 
 __all__ = ["FULL", "QUICK"]
 

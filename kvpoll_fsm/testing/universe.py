@@ -13,8 +13,8 @@ Revoking a token stops nothing that is in flight, as with RDMA; only a fence doe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from kvpoll_fsm import inputs
 from kvpoll_fsm.commands import (
@@ -27,7 +27,6 @@ from kvpoll_fsm.commands import (
     Release,
     SetTimer,
     StartPart,
-    Target,
     Verify,
 )
 from kvpoll_fsm.connection import Connection
@@ -42,142 +41,13 @@ from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.testing.props import Cell, Job, Node, Ticket
+from kvpoll_fsm.testing.scene import Scene
 
-__all__ = ["Action", "Budget", "Cell", "Scene", "Universe"]
+__all__ = ["Action", "Universe"]
 
 Action = tuple[Any, ...]
 SENDER = "s"
-
-
-class Cell(NamedTuple):
-    """What a block holds: the token it carries and whose transfer it belongs to."""
-
-    room: int
-    sender_generation: int
-    part: int
-    token: int
-
-
-class Ticket(NamedTuple):
-    """Writes of one part to one rank.
-
-    Attributes:
-        command: What it carries out, for `target`.
-        source: Incarnation that writes.
-        token: Under which the destination admits it.
-        loose: It has ended for its writer, or its writer is gone, but its bytes may land still.
-        bytes: What it carries if the source is not read any more.
-    """
-
-    key: RoomKey
-    command: StartPart
-    target: Target
-    source: int
-    token: bytes
-    loose: bool = False
-    bytes: tuple[Any, ...] | None = None
-
-
-class Job(NamedTuple):
-    """Work a node was asked to do and has not done."""
-
-    node: str
-    key: RoomKey
-    command: Any
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many faults of each kind one run may have.
-
-    Attributes:
-        lose: Packets lost.
-        repeat: Packets that arrive twice.
-        deadline: Deadlines that pass although something else could happen.
-        abort: Hosts that give a room up.
-        fail: Tickets that fail and can land no more.
-        late: Tickets that fail and may land later.
-        crash: Endpoints that die and start again.
-        reopen: Rooms cleared, live or not, and opened again under their number.
-        part: Connections that one side takes for dead although the other lives.
-    """
-
-    lose: int = 0
-    repeat: int = 0
-    deadline: int = 0
-    abort: int = 0
-    fail: int = 0
-    late: int = 0
-    crash: int = 0
-    reopen: int = 0
-    part: int = 0
-
-    @property
-    def benign(self) -> bool:
-        """Nothing in it may make a room fail: what is lost is sent again, what comes twice is dropped."""
-        return replace(self, lose=0, repeat=0) == Budget()
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One configuration to explore.
-
-    Attributes:
-        name: For reports.
-        ranks: Receiver ranks, each an endpoint of its own.
-        rooms: Room numbers, opened in this order on the sender and in the reverse order on odd ranks.
-        parts: Parts per room; a part is one token in one block.
-        pool: Blocks of each receiver.
-        source_pool: Blocks of the sender.
-        transports: Those both sides have, best first.
-        resume: "drain" or "extend".
-        dummies: Ranks that hold no data.
-        faults: How many of which kind.
-        ordered: Rooms are opened in one order only, which gives the pools of even and odd ranks to
-            different rooms.
-        opened: Begin where all rooms are past Bootstrapping; how they came there is for other scenes.
-    """
-
-    name: str
-    ranks: int = 1
-    rooms: tuple[int, ...] = (1,)
-    parts: int = 1
-    pool: int = 1
-    source_pool: int = 1
-    transports: tuple[str, ...] = ("a",)
-    resume: str = "drain"
-    dummies: tuple[int, ...] = ()
-    faults: Budget = field(default_factory=Budget)
-    opened: bool = False
-    ordered: bool = False
-
-
-class Node:
-    """One endpoint of the universe. Copied before it is changed."""
-
-    __slots__ = ("core", "exposed", "incarnation", "memory", "name", "out", "timers")
-
-    def __init__(self, name: str, incarnation: int, core: EndpointCore) -> None:
-        self.name = name
-        self.incarnation = incarnation
-        self.core = core
-        self.memory: dict[int, Cell] = {}
-        self.out: dict[RoomKey, tuple[Cell | None, ...]] = {}
-        self.exposed: dict[bytes, tuple[RoomKey, int]] = {}
-        self.timers: dict[tuple[RoomKey | None, str], int] = {}
-
-    def clone(self) -> Node:
-        """A copy that shares nothing mutable."""
-        copy = Node(self.name, self.incarnation, self.core.clone())
-        copy.memory, copy.out = dict(self.memory), dict(self.out)
-        copy.exposed, copy.timers = dict(self.exposed), dict(self.timers)
-        return copy
-
-    def key(self) -> tuple[Any, ...]:
-        """Canonical plain value."""
-        memory = frozenset(self.memory.items())
-        out = frozenset(self.out.items())
-        return (self.core.key(), memory, out, frozenset(self.exposed.items()), frozenset(self.timers))
 
 
 class Universe:

@@ -6,7 +6,8 @@ import pytest
 
 from kvpoll_fsm.testing.explore import explore, replay, tell
 from kvpoll_fsm.testing.laws import broken_law, is_end
-from kvpoll_fsm.testing.universe import Budget, Scene, Universe
+from kvpoll_fsm.testing.scene import Budget, Scene
+from kvpoll_fsm.testing.universe import Universe
 
 SCENE = Scene("two parts", parts=2)
 pytestmark = pytest.mark.timeout(300)

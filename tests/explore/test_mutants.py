@@ -20,7 +20,7 @@ from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import Session
 from kvpoll_fsm.testing.explore import NO_END, explore, replay
 from kvpoll_fsm.testing.laws import broken_law
-from kvpoll_fsm.testing.universe import Budget, Scene
+from kvpoll_fsm.testing.scene import Budget, Scene
 
 Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.timeout(300)

@@ -1,0 +1,73 @@
+"""What the explorer explores: a scene, and how many faults one run of it may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+__all__ = ["Budget", "Scene"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many faults of each kind one run may have.
+
+    Attributes:
+        lose: Packets lost.
+        repeat: Packets that arrive twice.
+        deadline: Deadlines that pass although something else could happen.
+        abort: Hosts that give a room up.
+        fail: Tickets that fail and can land no more.
+        late: Tickets that fail and may land later.
+        crash: Endpoints that die and start again.
+        reopen: Rooms cleared, live or not, and opened again under their number.
+        part: Connections that one side takes for dead although the other lives.
+    """
+
+    lose: int = 0
+    repeat: int = 0
+    deadline: int = 0
+    abort: int = 0
+    fail: int = 0
+    late: int = 0
+    crash: int = 0
+    reopen: int = 0
+    part: int = 0
+
+    @property
+    def benign(self) -> bool:
+        """Nothing in it may make a room fail: what is lost is sent again, what comes twice is dropped."""
+        return replace(self, lose=0, repeat=0) == Budget()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One configuration to explore.
+
+    Attributes:
+        name: For reports.
+        ranks: Receiver ranks, each an endpoint of its own.
+        rooms: Room numbers, opened in this order on the sender and in the reverse order on odd ranks.
+        parts: Parts per room; a part is one token in one block.
+        pool: Blocks of each receiver.
+        source_pool: Blocks of the sender.
+        transports: Those both sides have, best first.
+        resume: "drain" or "extend".
+        dummies: Ranks that hold no data.
+        faults: How many of which kind.
+        ordered: Rooms are opened in one order only, which gives the pools of even and odd ranks to
+            different rooms.
+        opened: Begin where all rooms are past Bootstrapping; how they came there is for other scenes.
+    """
+
+    name: str
+    ranks: int = 1
+    rooms: tuple[int, ...] = (1,)
+    parts: int = 1
+    pool: int = 1
+    source_pool: int = 1
+    transports: tuple[str, ...] = ("a",)
+    resume: str = "drain"
+    dummies: tuple[int, ...] = ()
+    faults: Budget = field(default_factory=Budget)
+    opened: bool = False
+    ordered: bool = False
