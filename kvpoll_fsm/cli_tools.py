@@ -88,6 +88,9 @@ def explore(quick: bool, as_json: bool, jobs: int, limit: int) -> None:
 def _explored(scenes: tuple[Scene, ...], jobs: int, limit: int) -> Iterator[Report]:
     from kvpoll_fsm.testing.explore import explore as explore_scene
 
+    if jobs == 1:
+        yield from (explore_scene(scene, limit) for scene in scenes)
+        return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         for future in [pool.submit(explore_scene, scene, limit) for scene in scenes]:

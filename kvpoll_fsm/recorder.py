@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -104,6 +105,8 @@ class Recorder:
                 action(self._file)
         except OSError as error:
             log.error("trace file given up path=%s cause=%s", self._path, error)
+            with suppress(OSError):  # closing tries to write once more
+                self.close()
             self._file = None
 
     def _header(self) -> EndpointRecord:

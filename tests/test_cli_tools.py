@@ -69,7 +69,7 @@ def test_check_trace_says_which_line_is_no_record(traces: list[str]) -> None:
 def test_explore_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make explore` runs all quick scenes; here the first three tell whether the command does."""
     monkeypatch.setattr("kvpoll_fsm.testing.scenes.QUICK", QUICK[:3])
-    result = run("explore", "--quick", "--json")
+    result = run("explore", "--quick", "--json", "--jobs", "1")
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)
     assert set(report) == {"configurations", "states", "transitions", "violations", "complete"}
@@ -81,7 +81,7 @@ def test_explore_prints_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(300)
 def test_explore_says_that_it_is_not_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvpoll_fsm.testing.scenes.QUICK", QUICK[:1])
-    result = run("explore", "--quick", "--limit", "10")
+    result = run("explore", "--quick", "--limit", "10", "--jobs", "2")
     assert result.exit_code == 1
     assert "NOT complete" in result.output
 

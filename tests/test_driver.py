@@ -488,7 +488,6 @@ def test_what_cannot_be_closed_keeps_nobody(what: str, monkeypatch: pytest.Monke
         tx.load()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the recorder lets go of it without a close()
 def test_a_trace_that_cannot_be_written_harms_no_room() -> None:
     with pair(rx={"trace": "/dev/full"}) as (tx, rx):
         transfer(tx, rx, 1)

@@ -154,6 +154,7 @@ def test_data_connection_cut_in_the_middle_of_a_part(cluster: Cluster, proxy: Pr
             told = worker.end_of("receiver", 1, rank)
             assert (told["code"], told["cause_rank"]) == ("TransportFailed", end["cause_rank"])
         assert worker("until_free")["free"] == 16
+    tx.end_of("sender", 1)
     proxy.release()
     settled(tx, {near: near_ranks, far: far_ranks}, empty, 500)
 
@@ -288,11 +289,11 @@ def test_data_connection_stalled_in_the_middle_of_a_part(cluster: Cluster, proxy
     rx("canary")
     if back:
         proxy.release()
-        tx.end_of("sender", 1)
     else:
         assert tx("until_links", count=0)
         proxy.release()  # too late
         assert rx("until_unread")
+    tx.end_of("sender", 1)
     assert rx("canary_lives")
     settled(tx, {rx: (0,)}, empty, 2000)
 
