@@ -17,6 +17,7 @@ from kvpoll_fsm.events import Bootstrapped, LifecycleEvent, PartDone, Resumed
 from kvpoll_fsm.ledger import Ledger, is_last_part, part_tokens
 from kvpoll_fsm.messages import BlockGrant
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.rank_slot import RankSlot
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.session import GATE_TIMER, ROOM_TIMER, PartRecord, RoomKey, Session
 
@@ -40,57 +41,6 @@ class SenderOptions:
     transports: tuple[str, ...]
     block_tokens: int
     max_part_tokens: int = 0
-
-
-@dataclass(slots=True)
-class RankSlot:
-    """What the sender knows of one receiver rank.
-
-    Attributes:
-        transports: Those still worth trying, best first; the first is in use.
-        reachable: The data port answered on the first of them.
-        grant: Blocks for the current part.
-        poll: The rank's answer for the current part: None until it is known.
-        reported: PartReport has been sent; an ack is due.
-        writing: A StartPart target whose PartWritten is due.
-        landing: Writes ended, but may land still.
-        reading: Writes ended, but may read the source still.
-        told: The rank knows that nothing is in flight after the room's end.
-        waits_for_blocks: Its last heartbeat said so.
-        closed: Nothing can land there any more: it has fenced, or its endpoint is gone.
-        gave_up: It has ended the room itself, and waits for no more than word that nothing is in flight.
-    """
-
-    conn: int
-    generation: int
-    dummy: bool
-    transports: tuple[str, ...] = ()
-    reachable: bool = False
-    grant: BlockGrant | None = None
-    poll: bool | None = None
-    reported: bool = False
-    writing: bool = False
-    landing: bool = False
-    reading: bool = False
-    told: bool = False
-    waits_for_blocks: bool = False
-    closed: bool = False
-    gave_up: bool = False
-    attempt: int = 0
-
-    def close(self) -> None:
-        """Nothing can land there any more, and there is nobody who needs to be told so."""
-        self.closed = self.told = True
-        self.landing = False
-
-    @property
-    def in_flight(self) -> bool:
-        """A write to this rank may land still."""
-        return self.writing or self.landing
-
-    def key(self) -> tuple[Any, ...]:
-        """Canonical plain value."""
-        return tuple(getattr(self, name) for name in self.__slots__)
 
 
 class SenderSession(Session):

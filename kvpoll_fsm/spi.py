@@ -169,7 +169,7 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """The link does not work; its tickets end by themselves. A new submit may try again."""
+    """The link does not work; its tickets end by themselves, after this. A new submit may try again."""
 
     link: int
     reason: str
@@ -190,7 +190,7 @@ class Link(Protocol):
     def submit(self, writes: Sequence[Write], token: bytes) -> int:
         """Start writing and return a ticket, unique in its transport, that ends exactly once.
 
-        Neither waits nor raises for what the network does: that is a Failed ticket.
+        Neither waits nor raises for what the network does: that is a Failed ticket, as is one on a closed link.
 
         Args:
             writes: 1 to `scatter_entries` writes of at least 1 byte and `MAX_TICKET_NBYTES` in all.
@@ -202,7 +202,7 @@ class Link(Protocol):
         ...
 
     def cancel(self, ticket: int) -> None:
-        """Ask that a ticket end soon. It still ends by Done or Failed. Unknown tickets are ignored."""
+        """Ask that a ticket end soon. It still ends: by Failed, or by Done if all had landed. Unknown: ignored."""
         ...
 
     def close(self) -> None:

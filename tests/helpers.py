@@ -185,7 +185,13 @@ def open_fds() -> set[str]:
     return found
 
 
-def run_script(script: str, *args: str, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """Run a Python script in a process of its own; warnings are errors there too."""
+def run_script(
+    script: str, *args: str, timeout_s: float = 30.0, measured: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a process of its own; warnings are errors there too.
+
+    `measured`: count its lines when coverage is measured, which imports modules of its own.
+    """
     command = [sys.executable, "-W", "error", "-W", "ignore:.*fork.*:DeprecationWarning", "-c", script, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    env = {name: value for name, value in os.environ.items() if measured or not name.startswith("COVERAGE_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=env)

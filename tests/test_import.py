@@ -19,7 +19,7 @@ TRANSPORTS = ("kvpoll_memory", "kvpoll_tcp", "kvpoll_shm", "kvpoll_mooncake")
 
 def modules_after(imports: str) -> set[str]:
     """The modules a fresh process has after these statements."""
-    done = run_script(NAMES.format(imports=imports))
+    done = run_script(NAMES.format(imports=imports), measured=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
