@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure
 from kvpoll_fsm.inputs import AbortRoom
 from kvpoll_fsm.messages import Frame, Message
@@ -182,12 +181,35 @@ def run_until(world: World, condition: Callable[[], bool]) -> None:
         assert step(world), f"came to rest: {world.gates()}"
 
 
-def at_gate(one: Transfer, side: str, state: KVPoll, gate: Gate) -> bool:
-    session = one.side(side)
-    return session.state is state and session.gate is gate
-
-
 def messages_of(world: World, kind: type[Message]) -> list[Message]:
     """Messages of a kind that are on their way."""
     frames = [delivery.packet for delivery in world.network if isinstance(delivery.packet, Frame)]
     return [message for frame in frames for message in frame.messages if isinstance(message, kind)]
+
+
+def beat(world: World, times: int = 1) -> None:
+    """Heartbeats of every endpoint, and what comes of them."""
+    for _ in range(times):
+        for name in list(world.hosts):
+            world.tick(name, heartbeat=True)
+        world.run()
+
+
+def say(world: World, name: str, *said: Message, conn: int = 1) -> None:
+    """Endpoint `name` says something through a connection, whatever its sessions think, and it arrives."""
+    host = world.hosts[name]
+    channel = host.core.connections[conn].channel
+    for message in said:
+        channel.push(message)
+    for frame in channel.flush():
+        delivery = world.delivery(host, conn, frame)
+        assert delivery is not None
+        world.network.append(delivery)
+    world.run()
+
+
+def withdraw(one: World) -> None:
+    """The pools in which a room waits ask later rooms for unused grants."""
+    for name, host in one.hosts.items():
+        if (None, "withdraw") in host.timers:
+            one.fire(name, None, "withdraw")

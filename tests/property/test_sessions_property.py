@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -342,13 +343,19 @@ class CrowdedMachine(Sessions):
         self.world.network.reverse()
 
 
+SHRINKING_S = 400
+"""A failure is shrunk for up to five minutes; without one a test takes seconds."""
+
+
 def run_machine(machine: Callable[[], RuleBasedStateMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=250, stateful_step_count=40))
 
 
+@pytest.mark.timeout(SHRINKING_S)
 def test_rooms_with_every_fault() -> None:
     run_machine(RoomyMachine)
 
 
+@pytest.mark.timeout(SHRINKING_S)
 def test_crowded_rooms_with_every_fault() -> None:
     run_machine(CrowdedMachine)
