@@ -25,7 +25,6 @@ from kvpoll_fsm.messages import (
 __all__ = ["Channel"]
 
 RESEND_AFTER_S = 0.25
-RESEND_MAX_S = 2.0
 ACK_AFTER_S = 0.02
 MAX_UNACKED = 1 << 17
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import operator
 import os
 import threading
 import time
@@ -31,7 +30,7 @@ from kvpoll_fsm.errors import (
     RequestTooLarge,
     TransportUnavailable,
 )
-from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids
+from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids, plain_integer
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.security import Keys
@@ -196,9 +195,9 @@ class Endpoint:
             DuplicateRoom: It is open here and was not cleared; the open one is not affected.
             InvalidInput: A number outside its range.
         """
-        room = _in_range("room", room, 0, MAX_ROOM)
+        room = plain_integer("room", room, 0, MAX_ROOM)
         if required_ranks is not None:
-            required_ranks = _in_range("required_ranks", required_ranks, 1, MAX_RANKS)
+            required_ranks = plain_integer("required_ranks", required_ranks, 1, MAX_RANKS)
         driver, view = self.driver, RoomView(room, 0, tag)
         policy = self.config.policy if transports is None else Policy.parse(transports)
         limit = self.pool.capacity_tokens if self.pool.managed else 0
@@ -244,9 +243,9 @@ class Endpoint:
             AddressError: A peer address that cannot be read or reached.
             InvalidInput: Anything else that cannot work.
         """
-        room = _in_range("room", room, 0, MAX_ROOM)
-        ranks = _in_range("ranks", ranks, 1, MAX_RANKS)
-        rank = _in_range("rank", rank, 0, ranks - 1)
+        room = plain_integer("room", room, 0, MAX_ROOM)
+        ranks = plain_integer("ranks", ranks, 1, MAX_RANKS)
+        rank = plain_integer("rank", rank, 0, ranks - 1)
         address = Address.parse(peer).require_reachable()
         chosen, count = self._grant_size(tokens, resume, blocks, dummy)
         driver, view = self.driver, RoomView(room, rank, tag)
@@ -366,9 +365,10 @@ class Endpoint:
             return chosen, len(chosen)
         if tokens is None:
             return (), min(8, self.pool.blocks)
-        count = self.pool.layout.blocks_for(_in_range("tokens", tokens, 1, MAX_ROOM))
-        if count > min(self.pool.blocks, MAX_BLOCKS_PER_GRANT):
-            raise RequestTooLarge(count, min(self.pool.blocks, MAX_BLOCKS_PER_GRANT))
+        count = self.pool.layout.blocks_for(plain_integer("tokens", tokens, 1, MAX_ROOM))
+        most = min(self.pool.blocks, MAX_BLOCKS_PER_GRANT)
+        if count > most:
+            raise RequestTooLarge(count, most)
         return (), count
 
     def _load_transports(self) -> dict[str, Transport]:
@@ -417,17 +417,6 @@ def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys |
     if (keys is None) is not (authorized is None):
         raise InvalidInput("keys= (our NAME.key_secret) and authorized= (folder of trusted .key files) go together")
     return None if keys is None or authorized is None else Keys.load(keys, authorized)
-
-
-def _in_range(name: str, value: Any, low: int, high: int) -> int:
-    """The value as an integer of Python's own; numpy's could not be sent."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or not low <= number <= high:
-        raise InvalidInput(f"{name}={value!r}: give an integer from {low} to {high}")
-    return number
 
 
 def _after_fork_in_child() -> None:

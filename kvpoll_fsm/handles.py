@@ -41,14 +41,20 @@ def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: i
     return ids
 
 
-def _plain_count(name: str, value: SupportsIndex) -> int:
+def plain_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A number as an integer of Python's own; numpy's could not be sent.
+
+    Raises:
+        InvalidInput: No integer, or one outside `low` to `high`; names the argument.
+    """
     try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        count = 0
-    if count < 1:
-        raise InvalidInput(f"{name}={value!r}: give an integer of at least 1")
-    return count
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InvalidInput(f"{name}={value!r}: give an integer {wanted}")
+    return number
 
 
 class Owner(Protocol):
@@ -207,7 +213,7 @@ class Sender(Room):
         self._require_unsent()
         if self._owner.pool.managed:
             raise InvalidInput("open() is for an engine's own blocks: use BlockPool.adopt(), or call send()")
-        self._total_tokens = _plain_count("total_tokens", total_tokens)
+        self._total_tokens = plain_integer("total_tokens", total_tokens, 1)
         self._source = EngineBlocks(self._owner.pool.layout.block_tokens)
 
     def send_blocks(self, block_ids: Iterable[SupportsIndex], tokens: SupportsIndex) -> None:
@@ -223,7 +229,7 @@ class Sender(Room):
         if not isinstance(self._source, EngineBlocks):
             raise InvalidInput("call open(total_tokens) before send_blocks()")
         pool = self._owner.pool
-        blocks, count = plain_block_ids(pool, block_ids), _plain_count("tokens", tokens)
+        blocks, count = plain_block_ids(pool, block_ids), plain_integer("tokens", tokens, 1)
         needed = pool.layout.blocks_for(count)
         if needed != len(blocks):
             raise InvalidInput(f"{count} tokens take {needed} blocks here, {len(blocks)} were given")

@@ -158,7 +158,7 @@ class RevokeGrant:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes of the current part that have landed, over all ranks."""
+    """Bytes of the whole room that have landed so far, over all ranks; they came with part `part`."""
 
     part: int
     bytes_done: int

@@ -497,9 +497,9 @@ class SenderSession(Session):
 
     def awaited(self) -> str:
         """What would open the present gate, for people."""
-        missing = [str(r) for r in range(self.required or 0) if r not in self.slots]
-        late = [str(r) for r, s in self.slots.items() if not s.dummy and not (s.grant and s.reachable)]
-        unacked = [str(r) for r, s in self.slots.items() if not s.dummy and not s.poll]
+        missing = [r for r in range(self.required or 0) if r not in self.slots]
+        late = [r for r, s in self.slots.items() if not s.dummy and not (s.grant and s.reachable)]
+        unacked = [r for r, s in self.slots.items() if not s.dummy and not s.poll]
         reasons = {
             Gate.waiting_ranks: f"ranks not here: {missing or 'unknown'}; without a usable grant: {late}",
             Gate.waiting_blocks: "no free source blocks in this endpoint's pool",
@@ -508,7 +508,7 @@ class SenderSession(Session):
             Gate.waiting_outcome: f"no answer for part {self.part} from ranks {unacked}",
             Gate.waiting_resume: f"no grant for part {self.part} from ranks {late}",
         }
-        return reasons[self.gate].replace("'", "")
+        return reasons[self.gate]
 
     def _message(self, event: inputs.MessageReceived) -> None:
         message = event.message

@@ -183,8 +183,7 @@ class Universe:
 
     def _lands(self, ticket: Ticket) -> bool:
         """The destination's memory is still there, and has not fenced this writer."""
-        incarnation = self.leases[ticket.token][0]
-        return any(n.incarnation == incarnation and ticket.token in n.exposed for n in self.nodes.values())
+        return any(ticket.token in node.exposed for node in self.nodes.values())
 
     def _wanted(self, ticket: Ticket) -> bool:
         session = self.nodes[SENDER].core.sessions.get(ticket.key)
@@ -382,8 +381,8 @@ class Universe:
 
     def _land(self, ticket: Ticket) -> None:
         """Its bytes arrive. One that is loose may land again: a writer may repeat itself."""
-        incarnation, key, part, blocks = self.leases[ticket.token]
-        node = self._touch(self._by_incarnation(incarnation.to_bytes(16, "big")).name)  # type: ignore[union-attr]
+        _, key, part, blocks = self.leases[ticket.token]
+        node = self._touch(next(node.name for node in self.nodes.values() if ticket.token in node.exposed))
         lease = lease_of(key, part)
         if node.core.accounts.blocks_of(lease) != blocks:
             self.violation = f"a write for {lease} landed in blocks {blocks} which it does not hold any more"
@@ -517,12 +516,6 @@ class Universe:
     def _touch(self, name: str) -> Node:
         node = self.nodes[name] = self.nodes[name].clone()
         return node
-
-    def _by_incarnation(self, incarnation: bytes | None) -> Node | None:
-        for node in self.nodes.values():
-            if node.core.options.incarnation == incarnation:
-                return node
-        return None
 
 
 DEADLINES = Deadlines()
