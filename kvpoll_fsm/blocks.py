@@ -93,6 +93,19 @@ class BlockAccounts:
         """
         self._check_new(lease)
         wanted = tuple(blocks)
+        self.check_exact(wanted)
+        chosen = set(wanted)
+        self._free = [block for block in self._free if block not in chosen]
+        self.forget(lease)
+        self._leased[lease] = wanted
+        return wanted
+
+    def check_exact(self, wanted: tuple[int, ...]) -> None:
+        """Refuse blocks that cannot be had at this moment.
+
+        Raises:
+            ForeignBlock: As `take_exact`.
+        """
         if not wanted or any(not 0 <= block < self.total for block in wanted):
             raise ForeignBlock(wanted, f"block ids of this pool are 0 to {self.total - 1}, and at least one is needed")
         if len(set(wanted)) != len(wanted):
@@ -101,11 +114,6 @@ class BlockAccounts:
         busy = tuple(block for block in wanted if block not in free)
         if busy:
             raise ForeignBlock(busy, "held by a room, or quarantined until no write can land in them")
-        chosen = set(wanted)
-        self._free = [block for block in self._free if block not in chosen]
-        self.forget(lease)
-        self._leased[lease] = wanted
-        return wanted
 
     def wait(self, lease: LeaseId, count: int) -> None:
         """Queue a request; `serve()` returns it once it can be met. An earlier one of that lease is replaced.

@@ -67,22 +67,51 @@ def _read(name: str) -> Iterator[Record]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes.")
 @click.option("--limit", default=1_000_000, show_default=True, help="Most states of one scene.")
-def explore(quick: bool, as_json: bool, jobs: int, limit: int) -> None:
+@click.option("--out", default=".", show_default=True, type=click.Path(file_okay=False, exists=True),
+              help="Folder for counterexamples.")  # fmt: skip
+@click.option("--replay", "file", type=click.Path(dir_okay=False, exists=True),
+              help="Perform a counterexample again instead.")  # fmt: skip
+def explore(quick: bool, as_json: bool, jobs: int, limit: int, out: str, file: str | None) -> None:
     """Explore every interleaving of small scenes of the production code and check the laws in every state.
 
-    Exit status 0 if every law holds and every scene was explored completely.
+    Exit status 0 if every law holds and every scene was explored completely. A run that breaks a law is written
+    into a file, which --replay performs again.
     """
     from kvpoll_fsm.testing.scenes import FULL, QUICK
 
+    if file is not None:
+        sys.exit(_replay(file))
     scenes = QUICK if quick else FULL
     reports = []
-    for report in _explored(scenes, jobs, limit):
+    for scene, report in zip(scenes, _explored(scenes, jobs, limit), strict=True):
         reports.append(report)
         if not as_json:
             _show(report)
+        _keep(scene, report, out)
     whole = _summary(reports)
     click.echo(json.dumps(whole) if as_json else f"{whole['states']} states, {whole['violations']} violations")
     sys.exit(0 if whole["complete"] and not whole["violations"] else 1)
+
+
+def _keep(scene: Scene, report: Report, folder: str) -> None:
+    from kvpoll_fsm.testing.counterexample import Counterexample
+
+    for finding in report.findings:
+        path = Counterexample.of(scene, finding).write(folder)
+        click.echo(f"{path}: perform it again with kvpoll explore --replay {path}", err=True)
+
+
+def _replay(file: str) -> int:
+    from kvpoll_fsm.testing.counterexample import Counterexample
+
+    try:
+        found = Counterexample.read(file)
+        law, steps = found.replay()
+    except InvalidInput as error:
+        raise click.UsageError(str(error)) from None
+    click.echo("\n".join(steps))
+    click.echo(f"broken: {law}" if law else f"every law holds here; broken was: {found.law}")
+    return 1 if law else 0
 
 
 def _explored(scenes: tuple[Scene, ...], jobs: int, limit: int) -> Iterator[Report]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.deadlines import Deadlines
+from kvpoll_fsm.errors import LayoutError
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import (
     PROTOCOL,
@@ -107,7 +108,11 @@ class Connection:
 
     def differences(self, layout: Layout, packet: Hello | Welcome) -> tuple[str, ...]:
         """How the peer's layout differs from ours, or nothing."""
-        return layout.differences([Field(f.name, f.dtype, f.shape, f.per_room) for f in packet.fields])
+        try:
+            theirs = [Field(f.name, f.dtype, f.shape, f.per_room) for f in packet.fields]
+        except LayoutError as error:  # a dtype, perhaps, of a later version
+            return (f"the peer's layout is none here: {error}",)
+        return layout.differences(theirs)
 
     def problem_of(self, message: Message) -> str:
         """What is wrong with a message that only knowledge of the peer's blocks shows, or nothing."""

@@ -126,6 +126,15 @@ class EndpointCore:
         self._out.feed(key, event)
         self._run()
 
+    def resume(self, key: RoomKey, blocks: tuple[int, ...]) -> None:
+        """The engine grants these blocks of its own for the next part of a room.
+
+        Raises:
+            ForeignBlock: They are not free; the room goes on waiting.
+        """
+        self.accounts.check_exact(blocks)
+        self.feed(key, inputs.ResumeWith(blocks))
+
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle. What must still be said and awaited lives on until it is over."""
         self._rooms.clear(key)

@@ -30,7 +30,7 @@ from kvpoll_fsm.errors import (
     RequestTooLarge,
     TransportUnavailable,
 )
-from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids, plain_integer
+from kvpoll_fsm.handles import CALL_S, Receiver, Room, Sender, plain_block_ids, plain_integer
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.security import Keys
@@ -44,8 +44,6 @@ __all__ = ["Endpoint"]
 
 log = logging.getLogger("kvpoll_fsm")
 T = TypeVar("T")
-CALL_S = 30.0
-"""Longest wait for the driver's answer to a question such as `load()`."""
 
 _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 

@@ -13,7 +13,7 @@ from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.driver import Driver
 from kvpoll_fsm.errors import Failure, ForeignBlock, ForkedError, InvalidInput, TransferFailed
-from kvpoll_fsm.inputs import AbortRoom, ReleasePart, ResumeWith, Supplied
+from kvpoll_fsm.inputs import AbortRoom, ReleasePart, Supplied
 from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import PartRecord, RoomKey
@@ -21,6 +21,9 @@ from kvpoll_fsm.staging import Source
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Receiver", "Sender"]
+
+CALL_S = 30.0
+"""Longest wait for the driver's answer to a question such as `load()`."""
 
 
 def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: int = 0) -> tuple[int, ...]:
@@ -318,14 +321,16 @@ class Receiver(Room):
 
         Raises:
             InvalidInput: Not resume="manual", or the room does not wait for a resume.
-            ForeignBlock: No ids, one twice, or one the pool does not have.
+            ForeignBlock: No ids, one twice, one the pool does not have, or one that is not free.
         """
         if not self._manual:
             raise InvalidInput('resume() is for resume="manual"; this room resumes by itself')
         chosen = plain_block_ids(self._owner.pool, blocks, at_least=1)
         if self.view.gate is not Gate.waiting_resume:
             raise InvalidInput(f"the room is {self.view.state} at {self.view.gate} and takes no resume now")
-        self._post(lambda key: self._driver.core.feed(key, ResumeWith(chosen)))
+        driver, key = self._driver, self.view.key
+        if key is not None:  # it is: no room waits for a resume that was not opened
+            driver.call(lambda: driver.core.resume(key, chosen)).result(CALL_S)
 
     def release(self, part: int) -> None:
         """The engine has no more use for the blocks of a committed part (`manual`)."""

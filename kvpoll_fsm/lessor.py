@@ -16,6 +16,8 @@ from kvpoll_fsm.spi import LeaseId
 __all__ = ["WITHDRAW_TIMER", "Lessor", "lease_of"]
 
 WITHDRAW_TIMER = "withdraw"
+MAX_BACKOFF = 32
+"""Grants are asked back after `withdraw_s`, then twice that, and so on up to this many times it."""
 
 
 def lease_of(key: RoomKey, part: int) -> LeaseId:
@@ -30,7 +32,7 @@ class Lessor:
         accounts: Who holds which block.
     """
 
-    __slots__ = ("_armed", "_block_tokens", "_epoch", "_out", "_withdraw_s", "accounts")
+    __slots__ = ("_armed", "_block_tokens", "_epoch", "_out", "_waits", "_withdraw_s", "accounts")
 
     def __init__(self, accounts: BlockAccounts, block_tokens: int, withdraw_s: float, out: Outbox) -> None:
         self.accounts = accounts
@@ -39,6 +41,7 @@ class Lessor:
         self._out = out
         self._epoch = 0
         self._armed = False
+        self._waits = 1
 
     def holds(self, key: RoomKey, part: int) -> bool:
         """Whether the part holds blocks."""
@@ -107,16 +110,17 @@ class Lessor:
         for lease in self.accounts.leases():
             if (lease.room, lease.rank) > (first.room, first.rank):
                 self._out.feed(_key_of(lease), inputs.RevokeGrant())
+        self._waits = min(self._waits * 2, MAX_BACKOFF)
         self._arm()
 
     def clone(self, out: Outbox) -> Lessor:
         """A copy that shares nothing mutable and speaks through `out`."""
         copy = Lessor(self.accounts.clone(), self._block_tokens, self._withdraw_s, out)
-        copy._epoch, copy._armed = self._epoch, self._armed
+        copy._epoch, copy._armed, copy._waits = self._epoch, self._armed, self._waits
         return copy
 
     def key(self) -> tuple[Any, ...]:
-        """Canonical plain value of the state."""
+        """Canonical plain value of the state, the length of the wait apart."""
         return (self.accounts.key(), self._armed)
 
     def _leased(self, key: RoomKey, part: int, blocks: tuple[int, ...]) -> None:
@@ -127,6 +131,7 @@ class Lessor:
 
     def _serve(self) -> None:
         for lease, blocks in self.accounts.serve():
+            self._waits = 1
             self._leased(_key_of(lease), lease.part, blocks)
 
     def _arm(self) -> None:
@@ -134,7 +139,7 @@ class Lessor:
         if not self._armed:
             self._armed = True
             self._epoch += 1
-            self._out.emit(Do(None, SetTimer(WITHDRAW_TIMER, self._withdraw_s, self._epoch)))
+            self._out.emit(Do(None, SetTimer(WITHDRAW_TIMER, self._withdraw_s * self._waits, self._epoch)))
 
 
 def _key_of(lease: LeaseId) -> RoomKey:

@@ -168,7 +168,10 @@ class Opened(_RoomMessage, frozen=True, tag="Opened"):
 
 
 class PartReport(_RoomMessage, frozen=True, tag="PartReport"):
-    """Sender: every byte of this part has landed at this rank and no write of it is in flight.
+    """Sender: every byte of this part has landed at this rank and no write of it is in flight, or (`failure`) why not.
+
+    A failure is reported before it is decided on: the rank answers with it, unless it has a reason of its own, which
+    comes first, or is gone. So a receiver that gave up or died is never taken for a transport that failed.
 
     Attributes:
         offset: First token.
@@ -184,6 +187,7 @@ class PartReport(_RoomMessage, frozen=True, tag="PartReport"):
     is_last: bool
     transport: Name
     checksum: Annotated[bytes, Meta(min_length=16, max_length=16)] | None = None
+    failure: Failure | None = None
 
 
 class PartAck(_RoomMessage, frozen=True, tag="PartAck"):

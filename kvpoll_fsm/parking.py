@@ -30,6 +30,11 @@ class Life(NamedTuple):
     rank: int
     generation: int
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What all lives of the rank have in common."""
+        return self.conn, self.room, self.rank
+
     @classmethod
     def of(cls, conn: int, message: Reserve | Abort | Withdraw) -> Life:
         """The receiver that a message is from, or to."""
@@ -55,7 +60,7 @@ class Parking:
 
     def __init__(self) -> None:
         self._rooms: dict[int, dict[int, Parked]] = {}
-        self._dismissed: dict[Life, None] = {}
+        self._dismissed: dict[tuple[int, int, int], int] = {}
 
     def park(self, conn: int, reserve: Reserve) -> tuple[int, Abort] | None:
         """Keep a reservation.
@@ -73,17 +78,25 @@ class Parking:
         return before.conn, displaced(before.reserve)
 
     def dismiss(self, conn: int, abort: Abort) -> None:
-        """A receiver that was not let in is told of the end: what it reserved meanwhile is void."""
-        self._dismissed[Life.of(conn, abort)] = None
+        """A receiver that was not let in is told of the end: what it reserved meanwhile is void.
+
+        So is what earlier lives of it reserved: the newest alone is kept, however often a peer comes again.
+        """
+        life = Life.of(conn, abort)
+        self._dismissed[life.place] = max(life.generation, self._dismissed.pop(life.place, 0))
+        if len(self._dismissed) > MAX_PARKED:
+            del self._dismissed[next(iter(self._dismissed))]
 
     def is_dismissed(self, conn: int, reserve: Reserve) -> bool:
         """Whether this reservation is void."""
-        return Life.of(conn, reserve) in self._dismissed
+        life = Life.of(conn, reserve)
+        return life.generation <= self._dismissed.get(life.place, -1)
 
     def gave_up(self, conn: int, abort: Abort) -> None:
         """A receiver has ended its life of a room, and says no more of it."""
         life = Life.of(conn, abort)
-        self._dismissed.pop(life, None)
+        if life.generation >= self._dismissed.get(life.place, 0):
+            self._dismissed.pop(life.place, None)
         if self._find(life) is not None:
             self._delete(life.room, life.rank)
 
@@ -111,8 +124,8 @@ class Parking:
         gone = [parked.life for parked in self._all() if parked.conn == conn]
         for life in gone:
             self._delete(life.room, life.rank)
-        for life in [life for life in self._dismissed if life.conn == conn]:
-            del self._dismissed[life]
+        for place in [place for place in self._dismissed if place[0] == conn]:
+            del self._dismissed[place]
 
     def __len__(self) -> int:
         return sum(map(len, self._rooms.values()))
@@ -126,7 +139,7 @@ class Parking:
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
-        return (tuple(self._all()), tuple(self._dismissed))
+        return (tuple(self._all()), tuple(self._dismissed.items()))
 
     def _all(self) -> Iterator[Parked]:
         for ranks in self._rooms.values():

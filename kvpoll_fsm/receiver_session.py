@@ -250,6 +250,8 @@ class ReceiverSession(Session):
         problem = self._learn_and_check(message)
         if problem or self._grant is None:
             return self._violation(f"part {message.part} at {message.offset}+{message.tokens}: {problem}")
+        if message.failure is not None:
+            return self._send_ack(message.failure)
         self._phase, self._report = "checking", message
         held = HeldPart(self.part, message.offset, message.tokens, self._grant.blocks)
         copied = self._to_copy(held, message.is_last)
@@ -301,6 +303,9 @@ class ReceiverSession(Session):
 
     def _ack(self, failure: Failure | None) -> None:
         self._phase = "acked" if failure is None else "rejected"
+        self._send_ack(failure)
+
+    def _send_ack(self, failure: Failure | None) -> None:
         self._send(self.options.conn, messages.PartAck(part=self.part, failure=failure, **self._ids()))
 
     def _outcome(self, conn: int, message: messages.PartOutcome) -> None:

@@ -335,11 +335,11 @@ class SenderSession(Session):
         if self.state.is_terminal:
             return self._settle()
         if event.ok:
-            return self._report(event, slot)
+            return self._report(event, slot, None)
         slot.transports, slot.reachable = slot.transports[1:], False
         detail = f"{event.transport} to rank {event.rank}: {event.detail}"
         if not slot.transports:
-            return self._part_failed(self._cause(FailureCode.TransportFailed, detail, event.rank))
+            return self._report(event, slot, self._cause(FailureCode.TransportFailed, detail, event.rank))
         if not (slot.landing or slot.reading):
             self._preflight(event.rank, slot, detail)
 
@@ -353,7 +353,8 @@ class SenderSession(Session):
         elif not slot.reachable:
             self._preflight(event.rank, slot, "the transport before it failed")
 
-    def _report(self, event: inputs.PartWritten, slot: RankSlot) -> None:
+    def _report(self, event: inputs.PartWritten, slot: RankSlot, failure: Failure | None) -> None:
+        """The last write to a rank has ended: ask for its verdict."""
         slot.reported = True
         total = self.ledger.total_tokens or 0
         offset = self.ledger.covered_tokens
@@ -365,6 +366,7 @@ class SenderSession(Session):
             is_last=is_last_part(offset, self._tokens, total),
             transport=event.transport,
             checksum=event.checksum,
+            failure=failure,
             **self._ids(event.rank),
         )
         self._send(slot.conn, report)

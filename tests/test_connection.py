@@ -10,7 +10,7 @@ from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.connection import MAX_RESEND_TICKS, Connection, introduction, name_of
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.layout import Field, Layout
-from kvpoll_fsm.messages import BlockGrant, Bye, Frame, Hello, Reserve, Resume, TransportOffer, Welcome
+from kvpoll_fsm.messages import BlockGrant, Bye, FieldSpec, Frame, Hello, Reserve, Resume, TransportOffer, Welcome
 
 DEADLINES = Deadlines()
 OURS, PEER = b"o" * 16, b"p" * 16
@@ -48,6 +48,12 @@ def test_block_sizes_may_differ_and_fields_may_not() -> None:
     (difference,) = one.differences(LAYOUT, hello)
     assert "x" in difference
     assert one.differences(LAYOUT, welcome(Layout(1, LAYOUT.fields))) == ()
+
+
+def test_a_dtype_that_is_unknown_here_is_a_difference() -> None:
+    hello = Hello(**introduction(PEER, LAYOUT, ()) | {"fields": (FieldSpec("x", "int3", (2,), False),)})
+    (difference,) = connection().differences(LAYOUT, hello)
+    assert "int3" in difference
 
 
 def test_each_connection_has_a_name_of_its_own() -> None:

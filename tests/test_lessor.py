@@ -36,8 +36,8 @@ def taken(lessor: Lessor) -> list[object]:
     return found
 
 
-def timer(epoch: int) -> Effect:
-    return Do(None, SetTimer(WITHDRAW_TIMER, 0.5, epoch))
+def timer(epoch: int, after_s: float = 0.5) -> Effect:
+    return Do(None, SetTimer(WITHDRAW_TIMER, after_s, epoch))
 
 
 def test_a_sender_has_its_blocks_at_once_and_a_receiver_when_they_are_exposed(lessor: Lessor) -> None:
@@ -107,7 +107,7 @@ def test_later_rooms_are_asked_while_an_earlier_one_waits(lessor: Lessor) -> Non
     lessor.timer_fired(2)
     assert taken(lessor) == []
     lessor.timer_fired(1)
-    assert taken(lessor) == [(LATE, inputs.RevokeGrant()), timer(2)]
+    assert taken(lessor) == [(LATE, inputs.RevokeGrant()), timer(2, 1.0)]
     lessor.timer_fired(1)
     assert taken(lessor) == []
     lessor.release(LATE, Release(0))
@@ -123,7 +123,22 @@ def test_an_earlier_room_is_not_asked(lessor: Lessor) -> None:
     grant(lessor, EARLY, 3)
     grant(lessor, RX, 2)
     lessor.timer_fired(1)
-    assert taken(lessor) == [timer(2)]
+    assert taken(lessor) == [timer(2, 1.0)]
+
+
+def test_asking_in_vain_is_repeated_less_and_less_often_until_somebody_is_served(lessor: Lessor) -> None:
+    grant(lessor, EARLY, 4)
+    grant(lessor, RX, 2)
+    for epoch, after_s in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 16.0), 2):
+        lessor.timer_fired(epoch - 1)
+        assert taken(lessor) == [timer(epoch, after_s)]
+    lessor.release(EARLY, Release(0))
+    taken(lessor)
+    assert lessor.holds(RX, 0)
+    lessor.timer_fired(7)
+    lessor.release(RX, Release(0))
+    grant(lessor, EARLY, 4)
+    assert timer(8) in grant(lessor, RX, 2)
 
 
 def test_a_copy_shares_nothing(lessor: Lessor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.messages import Abort, BlockGrant, PartAck, Quiesced, Reserve, Withdraw, Withdrawn
-from kvpoll_fsm.parking import Life, Parked, Parking
+from kvpoll_fsm.parking import Parked, Parking
 from kvpoll_fsm.poll import KVPoll
 
 GRANT = BlockGrant(0, 8, (1,), (("tcp", b"t"),))
@@ -93,7 +95,7 @@ def test_a_connection_takes_all_its_lives_along() -> None:
     parking.dismiss(5, abort(3))
     parking.dismiss(6, abort(3))
     parking.hang_up(5)
-    assert parking.key() == ((Parked(6, reserve(1)),), (Life(6, 7, 3, 1),))
+    assert parking.key() == ((Parked(6, reserve(1)),), (((6, 7, 3), 1),))
     parking.hang_up(6)
     assert parking.key() == ((), ())
     assert not parking._rooms
@@ -109,3 +111,24 @@ def test_a_copy_shares_nothing() -> None:
     parking.park(5, reserve(1))
     parking.gave_up(5, abort(1))
     assert copy.key() == before != parking.key()
+
+
+def test_lives_dismissed_one_after_another_leave_the_newest() -> None:
+    parking = Parking()
+    for generation in range(1, 1000):
+        assert parking.park(5, reserve(generation=generation)) is None or generation > 1
+        parking.dismiss(5, abort(generation=generation))
+    assert len(parking.key()[1]) == 1
+    assert parking.is_dismissed(5, reserve(generation=998))
+    parking.gave_up(5, abort(generation=998))
+    assert parking.is_dismissed(5, reserve(generation=999))
+    parking.gave_up(5, abort(generation=999))
+    assert not parking.is_dismissed(5, reserve(generation=999))
+
+
+def test_what_is_kept_of_dismissed_lives_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpoll_fsm.parking.MAX_PARKED", 3)
+    parking = Parking()
+    for room in range(9):
+        parking.dismiss(5, abort(room=room))
+    assert [parking.is_dismissed(5, reserve(room=room)) for room in range(9)] == [False] * 6 + [True] * 3

@@ -737,3 +737,15 @@ def test_a_copy_shares_nothing_and_goes_the_same_way(reach: Any, resume: str) ->
     assert [copy.feed(event) for event in events] == done
     assert copy.key() == rx.session.key() != before
     assert hash(copy.key()) == hash(rx.session.key())
+
+
+def test_a_failed_write_is_acknowledged_as_such_and_its_blocks_wait_for_the_senders_word() -> None:
+    rx = Rx().opened(20)
+    failure = bad("memory to rank 1: reset", FailureCode.TransportFailed, 1)
+    ack = sent(rx.report(failure=failure), PartAck)
+    assert (ack.part, ack.failure) == (0, failure)
+    assert rx.session.state is W
+    told = rx.outcome(is_last=False, state=F, failure=failure, quiescent=False)
+    assert kinds(told) == ["Fence"]
+    assert rx.session.failure == failure
+    assert kinds(rx.say(Quiesced)) == ["Release"]

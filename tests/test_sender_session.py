@@ -288,10 +288,48 @@ def test_a_transport_the_next_grant_does_not_offer_is_not_used() -> None:
     tx.ack()
     tx.say(Resume, sent_tokens=8, grant=grant(1, transports=("a",)))
     tx.feed(inputs.Granted(1, (0, 1), 8))
-    commands = tx.written(ok=False, transport="a", detail="reset")
+    report = sent(tx.written(ok=False, transport="a", detail="reset"), PartReport)[0]
+    assert (report.part, report.transport, report.failure.code) == (1, "a", FailureCode.TransportFailed)
+
+
+def failed_write(**more: Any) -> tuple[Tx, PartReport]:
+    """A write to the second of two ranks has failed, and there is no other transport."""
+    tx = Tx(ranks=2).opened(20)
+    tx.written(0)
+    report = sent(tx.written(1, ok=False, detail="reset", **more), PartReport)[1]
+    assert tx.session.state is W
+    assert tx.session.gate is Gate.waiting_outcome
+    return tx, report
+
+
+def test_a_failed_write_is_reported_and_the_ranks_answer_ends_the_room() -> None:
+    tx, report = failed_write()
+    assert (report.offset, report.tokens, report.checksum) == (0, 8, None)
+    assert report.failure == Failure.of(FailureCode.TransportFailed, "memory to rank 1: reset", state=W, rank=1)
+    outcomes = sent(tx.ack(1, report.failure), PartOutcome)
+    assert {message.state for message in outcomes.values()} == {F}
+    assert outcomes[0].failure == outcomes[1].failure == tx.session.failure == report.failure
+
+
+def test_a_rank_that_gave_up_has_the_first_word_on_a_failed_write() -> None:
+    tx, _ = failed_write()
+    tx.say(Abort, 1, failure=bad("out of memory", rank=1))
     assert tx.session.failure is not None
-    assert tx.session.failure.code is FailureCode.TransportFailed
-    assert sent(commands, PartOutcome)[0].state is F
+    assert tx.session.failure.detail == "out of memory"
+
+
+def test_a_rank_that_is_gone_is_no_failure_of_the_transport() -> None:
+    tx, _ = failed_write(quiescent=False)
+    tx.feed(inputs.PeerGone(11, "silent"))
+    assert tx.session.failure is not None
+    assert (tx.session.failure.code, tx.session.failure.rank) == (FailureCode.PeerLost, 1)
+
+
+def test_a_failed_write_that_may_land_still_is_told_as_such() -> None:
+    tx, report = failed_write(quiescent=False)
+    outcomes = sent(tx.ack(1, report.failure), PartOutcome)
+    assert {rank: message.quiescent for rank, message in outcomes.items()} == {0: True, 1: False}
+    assert kinds(tx.feed(inputs.RankQuiesced(1, 0))) == ["Quiesced"]
 
 
 def test_all_bytes_in_place_means_that_nothing_is_in_flight() -> None:

@@ -16,7 +16,7 @@ from kvpoll_fsm.testing.laws import broken_law, is_end
 from kvpoll_fsm.testing.scene import Scene
 from kvpoll_fsm.testing.universe import Action, Universe
 
-__all__ = ["NO_END", "Finding", "Report", "explore", "replay"]
+__all__ = ["NO_END", "Finding", "Report", "explore", "reaches_end", "replay", "tell"]
 
 
 NO_END = "from here no end can be reached"
@@ -148,6 +148,23 @@ def _check_liveness(search: _Search) -> None:
         if number not in reaching:
             search.finding(NO_END, number)
             return
+
+
+def reaches_end(universe: Universe, limit: int = 1_000_000) -> bool:
+    """Whether an end can be reached from here by progress and deadlines alone, within `limit` states."""
+    seen = {hash(universe.key())}
+    queue = deque([universe])
+    while queue and len(seen) <= limit:
+        here = queue.popleft()
+        if is_end(here):
+            return True
+        for action in here.progress():
+            after = here.step(action)
+            fingerprint = hash(after.key())
+            if fingerprint not in seen:
+                seen.add(fingerprint)
+                queue.append(after)
+    return False
 
 
 def replay(scene: Scene, run: Iterable[int]) -> Universe:

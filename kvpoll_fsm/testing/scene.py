@@ -71,3 +71,8 @@ class Scene:
     faults: Budget = field(default_factory=Budget)
     opened: bool = False
     ordered: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.ranks, len(self.rooms), self.parts, self.pool, self.source_pool, len(self.transports))
+        if not all(1 <= size <= 64 for size in sizes):
+            raise ValueError(f"{self.name!r}: each of ranks, rooms, parts, blocks and transports is 1 to 64")

@@ -127,8 +127,10 @@ class Universe:
     def progress(self) -> list[Action]:
         """What happens without any fault; where nothing but time can bring the state on, a deadline passes."""
         found = list(self._progress())
-        found += [("deadline", *timer) for timer in self._timers("withdraw", "quarantine")]
-        return found or [("deadline", *timer) for timer in self._timers("gate")]
+        timers = [("deadline", *timer) for timer in self._timers("withdraw", "quarantine")]
+        if not found:  # those that repeat in vain put off no deadline
+            timers = [timer for timer in timers if self.step(timer).key() != self.key()]
+        return [*found, *timers] or [("deadline", *timer) for timer in self._timers("gate")]
 
     def _progress(self) -> Iterator[Action]:
         yield from self.opens[:1] if self.scene.ordered else self.opens
