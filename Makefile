@@ -6,6 +6,9 @@ PYTHON ?= python3
 ARGS ?= --tokens 2000 --blocks 8 --block-tokens 128 --hidden 3584 --dtype bfloat16
 WORKERS ?= 2
 SCENES ?= --quick
+FUZZ_SECONDS ?= 6
+MINUTES ?= 5
+SOAK = --seeds 1000000 --minutes $(MINUTES) --jobs $(WORKERS)
 
 BIN := .venv/bin
 PINS := tests/constraints.txt
@@ -18,7 +21,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check coverage explore clean
+.PHONY: help demo test check coverage explore soak fuzz chaos clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +58,16 @@ coverage: .venv/.stamp-test ## all tests, then the coverage gates: 95% for pure 
 	@echo 'everything, at least 90%:'
 	@$(BIN)/coverage report --fail-under=90
 
+soak: .venv/.stamp-demo ## simulated rooms and faults, 10 minutes; longer with: make soak MINUTES=30 (for each of two modes)
+	$(BIN)/kvpoll simulate --mode safety --seed $$(date +%s) $(SOAK)
+	$(BIN)/kvpoll simulate --mode liveness --seed $$(date +%s) $(SOAK)
+
+fuzz: .venv/.stamp-fuzz ## every decoder under atheris, some minutes; longer with: make fuzz FUZZ_SECONDS=600
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+chaos: .venv/.stamp-demo ## 1,000 rooms under random faults, about 4 minutes, as root; one again with: make chaos SEED=7
+	$(BIN)/python -m tests.chaos.run $(if $(SEED),--seed $(SEED))
+
 clean: ## remove everything that make and the tools made, .venv included
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -78,3 +91,10 @@ clean: ## remove everything that make and the tools made, .venv included
 .venv/.stamp-test: pyproject.toml $(PINS) | .venv/.stamp-venv
 	$(PIP) --no-build-isolation -e '.[$(TEST_EXTRAS)]'
 	@touch .venv/.stamp-demo $@
+
+# atheris is an extra of its own: 35 MB, and only for Python 3.11 to 3.13 on x86-64.
+.venv/.stamp-fuzz: .venv/.stamp-test
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	|| { echo 'atheris has no wheel for this Python: make clean, then make fuzz PYTHON=python3.11 (to 3.13)' >&2; exit 1; }
+	$(PIP) --no-build-isolation -e '.[fuzz]'
+	@touch $@

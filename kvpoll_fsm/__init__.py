@@ -27,6 +27,7 @@ from kvpoll_fsm.errors import (
     KvpollError,
     LayoutError,
     LayoutMismatch,
+    LimitReached,
     MalformedMessage,
     PolicyError,
     RequestTooLarge,
@@ -47,6 +48,7 @@ from kvpoll_fsm.events import (
 )
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.lifecycle import Lifecycle, outcome
+from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.reduction import reduce_ranks
 from kvpoll_fsm.session import PartRecord
@@ -98,6 +100,8 @@ __all__ = [
     "Layout",
     "LayoutError",
     "LayoutMismatch",
+    "LimitReached",
+    "Limits",
     "Lifecycle",
     "LifecycleEvent",
     "MalformedMessage",

@@ -41,7 +41,7 @@ class Address:
         place, question, query = text[len("tcp://") :].partition("?")
         key = _read_key(text, query) if question else None
         host, colon, port = place.rpartition(":")
-        if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
             raise AddressError(text, "the port is a number from 0 to 65535")
         return cls(_read_host(text, host), int(port), key)
 
@@ -102,22 +102,29 @@ def _read_host(text: str, host: str) -> str:
     """The host without brackets. ZeroMQ gives some other characters a meaning of their own."""
     if host.startswith("[") and host.endswith("]"):
         try:
-            ipaddress.IPv6Address(host[1:-1])
+            scope = ipaddress.IPv6Address(host[1:-1]).scope_id
         except ValueError:
             raise AddressError(text, "between brackets goes an IPv6 host, e.g. tcp://[::1]:0") from None
+        if scope is not None and not _is_plain(scope):
+            raise AddressError(text, "the interface after '%' has odd characters")
         return host[1:-1]
     if ":" in host:
         raise AddressError(text, "write an IPv6 host in brackets, e.g. tcp://[::1]:0")
-    if host != "*" and not (host.isascii() and host.replace("-", "").replace(".", "").replace("_", "").isalnum()):
+    if host != "*" and not _is_plain(host):
         raise AddressError(text, "the host is missing or has odd characters")
     return host
 
 
+def _is_plain(name: str) -> bool:
+    return name.isascii() and name.replace("-", "").replace(".", "").replace("_", "").isalnum()
+
+
 def _read_key(text: str, query: str) -> bytes:
+    digits = query[len(_QUERY) :] if query.startswith(_QUERY) else ""
     try:
-        key = bytes.fromhex(query[len(_QUERY) :]) if query.startswith(_QUERY) else b""
+        key = bytes.fromhex(digits)
     except ValueError:
         key = b""
-    if len(key) != 40:
+    if len(key) != 40 or len(digits) != 80:  # fromhex skips blanks
         raise AddressError(text, "after '?' comes curve= and the endpoint's public key, 80 hex digits")
     return key

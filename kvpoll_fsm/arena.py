@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
+import threading
 from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from kvpoll_fsm.arrays import Array, Kind, arena_bytes, require_fields, wrap
-from kvpoll_fsm.errors import InvalidInput, LayoutError
+from kvpoll_fsm.errors import BlockError, InvalidInput, LayoutError
 from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.segment import Segment
 from kvpoll_fsm.spi import Region
 
 __all__ = ["BlockPool"]
-
-_TOUCH_NBYTES = 64 << 20
 
 
 class BlockPool:
@@ -25,10 +23,11 @@ class BlockPool:
     A field's arena has the shape `[blocks, block_tokens, *shape_per_token]`, a per-room field's
     `[blocks, *shape_per_token]`. One endpoint uses a pool, which also decides who holds which block.
 
-    The memory is page-aligned and private to this process: a forked child sees a copy.
+    The memory of a pool that allocates is page-aligned, and is shared memory (`Segment`): a transport may hand it to
+    another process of this host, and a forked child shares it.
     """
 
-    __slots__ = ("_blocks", "_layout", "_managed", "_regions")
+    __slots__ = ("_blocks", "_claim", "_layout", "_managed", "_regions", "_segments")
 
     def __init__(self, layout: Layout, blocks: int) -> None:
         """Allocate a pool whose blocks the endpoint gives out by itself.
@@ -45,7 +44,9 @@ class BlockPool:
         _require_layout(layout)
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
             raise InvalidInput(f"blocks={blocks!r}: give an integer of at least 1")
-        self._set(layout, blocks, [_allocate(field, layout, blocks) for field in layout.fields], True)
+        self._segments = tuple(_allocate(field, layout, blocks) for field in layout.fields)
+        self._regions = tuple(Region(n, each.buffer, each.fd) for n, each in enumerate(self._segments))
+        self._set(layout, blocks, True)
 
     @classmethod
     def adopt(cls, layout: Layout, tensors: Mapping[str, Array]) -> BlockPool:
@@ -73,14 +74,16 @@ class BlockPool:
         buffers = [arena_bytes(f, tensors[f.name], layout.block_tokens, blocks) for f in layout.fields]
         _require_apart(layout, buffers)
         pool = cls.__new__(cls)
-        pool._set(layout, blocks, buffers, False)
+        pool._segments = ()
+        pool._regions = tuple(Region(number, buffer) for number, buffer in enumerate(buffers))
+        pool._set(layout, blocks, False)
         return pool
 
-    def _set(self, layout: Layout, blocks: int, buffers: list[memoryview], managed: bool) -> None:
+    def _set(self, layout: Layout, blocks: int, managed: bool) -> None:
         self._layout = layout
         self._blocks = blocks
         self._managed = managed
-        self._regions = tuple(Region(number, buffer) for number, buffer in enumerate(buffers))
+        self._claim = threading.Lock()
 
     @property
     def layout(self) -> Layout:
@@ -135,12 +138,28 @@ class BlockPool:
         names = ", ".join(field.name for field in self._layout.fields)
         raise LayoutError(field_name, f"not in the layout, which has: {names}")
 
+    def claim(self) -> None:
+        """An endpoint begins to use the pool; two would each give out every block.
+
+        Raises:
+            BlockError: Another endpoint uses it.
+        """
+        if not self._claim.acquire(blocking=False):
+            raise BlockError("another endpoint uses this pool: close that one first, or give each its own")
+
+    def unclaim(self) -> None:
+        """The endpoint has ended."""
+        self._claim.release()
+
     def close(self) -> None:
         """Let go of the memory; close the endpoint first. May be called twice.
 
         It is unmapped once the last array or memoryview over it is gone, so none of those ever dangles.
         """
         self._regions = ()
+        for segment in self._segments:
+            segment.close()
+        self._segments = ()
 
 
 def _require_layout(layout: object) -> None:
@@ -148,22 +167,15 @@ def _require_layout(layout: object) -> None:
         raise InvalidInput(f"a pool needs a Layout first, not {layout!r}")
 
 
-def _allocate(field: Field, layout: Layout, blocks: int) -> memoryview:
-    """Anonymous memory for one arena, every page of it present."""
+def _allocate(field: Field, layout: Layout, blocks: int) -> Segment:
+    """Memory for one arena."""
     nbytes = field.block_nbytes(layout.block_tokens) * blocks
     try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return Segment(nbytes)
     except (OSError, OverflowError, MemoryError) as error:
         raise InvalidInput(
             f"no memory for {blocks} blocks of field {field.name!r}, {nbytes} bytes ({error}): use fewer"
         ) from None
-    with contextlib.suppress(OSError):  # A kernel without huge pages does with small ones.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
-    for start in range(0, nbytes, _TOUCH_NBYTES):
-        pages = view[start : start + _TOUCH_NBYTES : mmap.PAGESIZE]
-        pages[:] = bytes(len(pages))
-    return view
 
 
 def _require_apart(layout: Layout, buffers: list[memoryview]) -> None:

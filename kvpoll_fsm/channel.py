@@ -14,7 +14,7 @@ from typing import Any
 from kvpoll_fsm.errors import ChannelOverflow
 from kvpoll_fsm.messages import (
     MAX_MESSAGES_PER_FRAME,
-    MAX_PACKET_NBYTES,
+    MAX_SENT_NBYTES,
     Beat,
     Frame,
     Message,
@@ -130,7 +130,7 @@ class Channel:
         weight = 0
         for message in self.unacked[after - self.acked :]:
             cost = _nbytes_at_most(message)
-            if batch and (len(batch) == MAX_MESSAGES_PER_FRAME or weight + cost > MAX_PACKET_NBYTES // 2):
+            if batch and (len(batch) == MAX_MESSAGES_PER_FRAME or weight + cost > MAX_SENT_NBYTES // 2):
                 frames.append(self._frame(after + 1, tuple(batch)))
                 after, batch, weight = after + len(batch), [], 0
             batch.append(message)
@@ -146,8 +146,10 @@ class Channel:
 
 
 def _nbytes_at_most(message: Message) -> int:
-    """An upper bound of a message's encoded size; only grants are ever large."""
+    """An upper bound of a message's encoded size; only failures and grants are ever large."""
+    if getattr(message, "failure", None) is not None:
+        return 8192
     grant = message.grant if isinstance(message, (Reserve, Resume)) else None
     if grant is None:
-        return 8192
+        return 1024
     return 8192 + 5 * len(grant.blocks) + sum(4 * len(name) + len(token) for name, token in grant.tokens_by_transport)

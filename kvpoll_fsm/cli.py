@@ -51,12 +51,12 @@ def command() -> click.Command:
     """The whole command, as click has it."""
     import click
 
-    from kvpoll_fsm import cli_tools
+    from kvpoll_fsm import cli_simulate, cli_tools
 
     group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
     group.add_command(_demo_command())
     group.add_command(_table_command())
-    for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore):
+    for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore, cli_simulate.simulate):
         group.add_command(tool)
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 

@@ -10,6 +10,7 @@ from typing import Any
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.errors import AddressError, InvalidInput
+from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.registry import HINTS
 from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
@@ -33,6 +34,7 @@ class Config:
         workers: Threads that copy and hash.
         keys: CURVE keys for the control plane.
         insecure: Listen beyond this machine without keys all the same.
+        limits: How much peers may take of the endpoint.
         trace: File that the whole trace is appended to; the newest records are kept in memory anyway.
     """
 
@@ -48,6 +50,7 @@ class Config:
     keys: Keys | None = None
     insecure: bool = False
     trace: str | Path | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         _one_of("checksum", self.checksum, ("auto", True, False))
@@ -57,6 +60,10 @@ class Config:
             raise InvalidInput(f"workers={self.workers!r}: give 1 to 64 threads")
         if not isinstance(self.deadlines, Deadlines):
             raise InvalidInput(f"deadlines={self.deadlines!r}: give Deadlines(stall_s=..., ...)")
+        if not isinstance(self.limits, Limits):
+            raise InvalidInput(f"limits={self.limits!r}: give Limits(orphans=..., ...)")
+        if not isinstance(self.transport_options, Mapping):
+            raise InvalidInput(f"transport_options={self.transport_options!r}: give a dict of dicts")
         for name, options in self.transport_options.items():
             if name not in {*self.policy.names, *HINTS} or not isinstance(options, Mapping):
                 known = ", ".join(self.policy.names)

@@ -7,13 +7,14 @@ ticks, so a process that was paused does not take its own pause for the peer's s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.deadlines import Deadlines
-from kvpoll_fsm.errors import LayoutError
+from kvpoll_fsm.errors import InvalidInput, LayoutError, MalformedMessage
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import (
+    MAX_SENT_NBYTES,
     PROTOCOL,
     FieldSpec,
     Hello,
@@ -23,9 +24,11 @@ from kvpoll_fsm.messages import (
     Resume,
     TransportOffer,
     Welcome,
+    decode,
+    encode,
 )
 
-__all__ = ["Connection", "introduction", "name_of"]
+__all__ = ["UNSEEN", "Connection", "Origin", "check_introduction", "introduction", "name_of"]
 
 MAX_RESEND_TICKS = 8
 
@@ -42,6 +45,22 @@ def introduction(incarnation: bytes, layout: Layout, offers: tuple[TransportOffe
     }
 
 
+def check_introduction(incarnation: bytes, layout: Layout, offers: tuple[TransportOffer, ...]) -> None:
+    """Refuse what peers would drop as malformed, before anybody waits for their answer.
+
+    Raises:
+        InvalidInput: Says what peers would not take.
+    """
+    packet = encode(Welcome(answers=bytes(16), **introduction(incarnation, layout, offers)))
+    try:
+        decode(packet)
+    except MalformedMessage as error:
+        raise InvalidInput(f"peers would not take what this endpoint says of itself: {error}") from error
+    if len(packet) > MAX_SENT_NBYTES:
+        problem = f"{len(packet)} bytes of fields, transports and regions, at most {MAX_SENT_NBYTES} are taken"
+        raise InvalidInput(f"peers would not take what this endpoint says of itself: {problem}")
+
+
 def name_of(incarnation: bytes, number: int) -> bytes:
     """The incarnation by which our connection `number` is known to the peer it was opened to.
 
@@ -51,12 +70,31 @@ def name_of(incarnation: bytes, number: int) -> bytes:
     return (int.from_bytes(incarnation, "big") ^ number << 96).to_bytes(16, "big")
 
 
+class Origin(NamedTuple):
+    """Where a packet came from, as far as the sockets know.
+
+    Attributes:
+        conn: The connection that we opened and that it came by, or None if the peer came to us.
+        key: The CURVE public key whose holder sent it; empty without keys.
+        host: The peer's network address; empty if it was not looked at.
+    """
+
+    conn: int | None = None
+    key: str = ""
+    host: str = ""
+
+
+UNSEEN = Origin()
+"""A peer that came to us, of whom no more is known."""
+
+
 class Connection:
     """One end of the acquaintance of two incarnations.
 
     Attributes:
         number: Names it on this endpoint.
         address: Where we connected to; None if the peer came to us.
+        origin: Who came to us.
         channel: The ordered stream; messages may be pushed before the peer is known.
         offers: The transports the peer can be written through, by name.
         block_tokens: The peer's tokens per block.
@@ -74,12 +112,14 @@ class Connection:
         "idle_ticks",
         "number",
         "offers",
+        "origin",
         "silent_ticks",
     )
 
-    def __init__(self, number: int, channel: Channel, address: str | None) -> None:
+    def __init__(self, number: int, channel: Channel, address: str | None, origin: Origin = UNSEEN) -> None:
         self.number = number
         self.address = address
+        self.origin = origin
         self.channel = channel
         self.offers: dict[str, TransportOffer] = {}
         self.block_tokens = 1
@@ -98,6 +138,22 @@ class Connection:
     def peer(self) -> bytes | None:
         """The peer's incarnation, or None until it has answered."""
         return self.channel.target
+
+    @property
+    def account(self) -> str:
+        """Whom reservations are counted for: the holder of a key, or without keys the connection."""
+        return self.origin.key or f"#{self.number}"
+
+    @property
+    def is_stranger(self) -> bool:
+        """It came to us and has said nothing but Hello."""
+        return not self.outgoing and not self.channel.received
+
+    def fits(self, origin: Origin) -> bool:
+        """Whether the peer of this connection may have sent what came from there."""
+        if self.outgoing or origin.conn is not None:
+            return origin.conn == self.number
+        return origin.key == self.origin.key
 
     def introduce(self, packet: Hello | Welcome) -> None:
         """Note who the peer is and what it offers."""
@@ -153,7 +209,7 @@ class Connection:
 
     def clone(self) -> Connection:
         """A copy that shares nothing mutable."""
-        copy = Connection(self.number, self.channel.clone(), self.address)
+        copy = Connection(self.number, self.channel.clone(), self.address, self.origin)
         copy.offers, copy.block_tokens = dict(self.offers), self.block_tokens
         copy.silent_ticks, copy.idle_ticks = self.silent_ticks, self.idle_ticks
         copy._acked_then, copy._waited, copy._resend_wait = self._acked_then, self._waited, self._resend_wait

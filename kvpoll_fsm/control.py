@@ -6,21 +6,34 @@ channel above sends it again.
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
+import time
+from collections import deque
 from collections.abc import Iterator
 
 import zmq
-import zmq.utils.z85
 
 from kvpoll_fsm.address import Address
-from kvpoll_fsm.errors import AddressError, MalformedMessage, UnsupportedVersion
-from kvpoll_fsm.messages import MAX_PACKET_NBYTES, Packet, decode, encode
+from kvpoll_fsm.connection import Origin
+from kvpoll_fsm.errors import AddressError, LimitReached, MalformedMessage, UnsupportedVersion
+from kvpoll_fsm.limits import DEFAULT, Limits
+from kvpoll_fsm.messages import Hello, Packet, decode, encode
+from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.security import Keys
+from kvpoll_fsm.zap import UNTRUSTED, Zap
 
 __all__ = ["Control"]
 
 log = logging.getLogger("kvpoll_fsm")
-MAX_READS_PER_TURN = 256
+READ_S = 0.02
+"""How long one turn may be spent on what has arrived: a flood must not keep timers and other peers waiting."""
+SOCKETS_BESIDES = 8
+"""More than the sockets of a context that are not DEALERs."""
+MAX_KEEPALIVE_IDLE_S = 32767
+"""What Linux takes (tcp(7), TCP_KEEPIDLE)."""
+MALFORMED = "malformed packet"
 
 
 class Control:
@@ -29,23 +42,27 @@ class Control:
     Args:
         listen: Where the ROUTER binds; port 0 takes any free one.
         keys: With keys, only peers whose public key is trusted are spoken to, and all of it is encrypted.
+        limits: How much is read, and how many sockets there may be.
 
     Attributes:
-        malformed: Packets dropped because they are none of ours, or of a version that is not.
-        refused: Peers refused because their key is not trusted.
+        refusals: Who was turned away, and what was dropped.
     """
 
-    def __init__(self, listen: Address, keys: Keys | None = None) -> None:
+    def __init__(
+        self, listen: Address, keys: Keys | None = None, limits: Limits = DEFAULT, peer_lost_s: float = 5.0
+    ) -> None:
         self.listen = listen
-        self.malformed = 0
-        self.refused = 0
+        self._peer_lost_s = peer_lost_s
+        self.refusals = Refusals("control", log)
         self._keys = keys
-        self._gate: zmq.Socket[bytes] | None = None
+        self._limits = limits
+        self._zap: Zap | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._router: zmq.Socket[bytes] | None = None
         self._dealers: dict[int, zmq.Socket[bytes]] = {}
         self._routes: dict[int, bytes] = {}
         self._poller = zmq.Poller()
+        self._ready: list[zmq.Socket[bytes]] = []
 
     def start(self) -> Address:
         """Bind, and return the address with its real port.
@@ -54,9 +71,13 @@ class Control:
             AddressError: The address cannot be bound.
         """
         self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, self._limits.callees + SOCKETS_BESIDES)
         self._router = self._socket(zmq.ROUTER, self.listen)
+        self._zap = Zap(self._context, self._router, self._keys, self.refusals)
+        self._zap.open()
+        for socket in self._zap.sockets:
+            self._poller.register(socket, zmq.POLLIN)
         if self._keys is not None:
-            self._open_gate()
             self._keys.protect_listener(self._router)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         port = str(self.listen.port) if self.listen.port else "*"
@@ -74,16 +95,31 @@ class Control:
         """Let `wait()` end when `fd` is readable too."""
         self._poller.register(fd, zmq.POLLIN)
 
+    def unwatch(self, fd: int) -> None:
+        """Stop watching; before `fd` is closed."""
+        self._poller.unregister(fd)
+
     def wait(self, timeout_s: float | None) -> set[int]:
         """Wait for packets or a watched fd; returns the watched fds that are readable."""
         timeout_ms = None if timeout_s is None else max(0, -int(-timeout_s * 1000 // 1))
-        return {ready for ready, _ in self._poller.poll(timeout_ms) if isinstance(ready, int)}
+        ready = [each for each, _ in self._poller.poll(timeout_ms)]
+        self._ready = [each for each in ready if not isinstance(each, int)]
+        return {each for each in ready if isinstance(each, int)}
 
     def connect(self, conn: int, address: Address) -> None:
-        """Open the DEALER of an outgoing connection, unless it is open."""
+        """Open the DEALER of an outgoing connection, unless it is open.
+
+        Raises:
+            LimitReached: The context or the process has no socket left to give.
+        """
         if conn in self._dealers:
             return
-        dealer = self._socket(zmq.DEALER, address)
+        try:
+            dealer = self._socket(zmq.DEALER, address)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EMFILE:
+                raise LimitReached("sockets", len(self._dealers)) from error
+            raise
         if self._keys is not None and address.key is not None:
             self._keys.protect_caller(dealer, address.key)
         dealer.connect(address.place)
@@ -114,34 +150,47 @@ class Control:
         """Send to whoever has this ROUTER identity; False if it is lost for now."""
         return self._router is not None and _try_send(self._router, [identity, encode(packet)])
 
-    def read(self) -> Iterator[tuple[int | None, bytes, Packet | UnsupportedVersion]]:
-        """The packets that have arrived: (outgoing connection or None, ROUTER identity, packet).
+    def read(self) -> Iterator[tuple[Origin, bytes, Packet | UnsupportedVersion]]:
+        """The packets that `wait` has seen arrive: (where from, ROUTER identity, packet). The sockets take turns.
 
         Malformed ones are counted and logged. One in a version we do not speak comes as its error too, so
         that the peer can be told.
         """
-        self._answer_gate()
-        if self._router is not None:
-            for parts in _arrived(self._router):
-                if len(parts) == 2:
-                    yield from self._decoded(None, parts[0], parts[1])
-                else:
-                    self._drop(f"{len(parts)} message parts")
-        for conn, dealer in list(self._dealers.items()):
-            for parts in _arrived(dealer):
-                yield from self._decoded(conn, b"", parts[-1])
+        if self._zap is not None:
+            self._zap.answer(_arrived)
+        names = {dealer: conn for conn, dealer in self._dealers.items()}
+        turns, ends_s = deque(self._ready), time.monotonic() + READ_S
+        while turns and time.monotonic() < ends_s:
+            socket = turns.popleft()
+            conn = names.get(socket)
+            if socket.closed or (conn is None and socket is not self._router):
+                continue
+            for frames in _arrived(socket, 1):
+                turns.append(socket)
+                yield from self._taken(conn, frames)
 
     def close(self) -> None:
         """Close all sockets; packets handed over are given a moment to leave."""
         for dealer in self._dealers.values():
             dealer.close(linger=200)
-        for socket in (self._router, self._gate):
-            if socket is not None:
-                socket.close(linger=200)
+        if self._zap is not None:
+            self._zap.close()
+        if self._router is not None:
+            self._router.close(linger=200)
         if self._context is not None:
             self._context.term()
         self._dealers.clear()
-        self._context = self._router = self._gate = None
+        self._context = self._router = self._zap = None
+
+    @property
+    def malformed(self) -> int:
+        """Packets dropped because they are none of ours, or of a version that is not."""
+        return self.refusals.count(MALFORMED)
+
+    @property
+    def refused(self) -> int:
+        """Peers turned away because their key is not trusted."""
+        return self.refusals.count(UNTRUSTED)
 
     def check_peer(self, address: Address) -> None:
         """Refuse a peer that could not be spoken to, before anything is sent.
@@ -154,42 +203,34 @@ class Control:
         if self._keys is not None and (address.key is None or not self._keys.admits(address.key)):
             raise AddressError(address.place, "its public key is missing or not in the folder of authorized keys")
 
-    def _open_gate(self) -> None:
-        """Answer ZeroMQ's question whom to admit (ZAP, RFC 27). Bound before any peer can come."""
-        if self._context is None:
-            raise AssertionError("start() comes first")
-        self._gate = self._context.socket(zmq.REP)
-        self._gate.bind("inproc://zeromq.zap.01")
-        self._poller.register(self._gate, zmq.POLLIN)
-
-    def _answer_gate(self) -> None:
-        if self._gate is None or self._keys is None:
-            return
-        for question in _arrived(self._gate):
-            version, request = (*question, b"", b"")[:2]
-            public = zmq.utils.z85.encode(question[6]) if len(question) == 7 and len(question[6]) == 32 else b""
-            admitted = self._keys.admits(public)
-            if not admitted:
-                self.refused += 1
-                log.warning("peer refused count=%d key=%s", self.refused, public.decode() or "none")
-            status = [b"200", b"OK"] if admitted else [b"400", b"unknown key"]
-            self._gate.send_multipart([version, request, *status, public, b""])
+    def _taken(
+        self, conn: int | None, frames: list[zmq.Frame]
+    ) -> Iterator[tuple[Origin, bytes, Packet | UnsupportedVersion]]:
+        if conn is not None:
+            yield from self._decoded(Origin(conn), b"", frames[-1].buffer)
+        elif len(frames) != 2:
+            self._drop(f"{len(frames)} message parts")
+        else:
+            identity, frame = frames
+            key = str(frame.get("User-Id")) if self._keys is not None else ""
+            for origin, _, packet in self._decoded(Origin(key=key), identity.bytes, frame.buffer):
+                if isinstance(packet, Hello):
+                    origin = origin._replace(host=str(frame.get("Peer-Address")))
+                yield origin, identity.bytes, packet
 
     def _decoded(
-        self, conn: int | None, identity: bytes, data: bytes
-    ) -> Iterator[tuple[int | None, bytes, Packet | UnsupportedVersion]]:
+        self, origin: Origin, identity: bytes, data: bytes | memoryview
+    ) -> Iterator[tuple[Origin, bytes, Packet | UnsupportedVersion]]:
         try:
-            yield conn, identity, decode(data)
+            yield origin, identity, decode(data)
         except UnsupportedVersion as error:
             self._drop(str(error))
-            yield conn, identity, error
+            yield origin, identity, error
         except MalformedMessage as error:
             self._drop(str(error))
 
     def _drop(self, why: str) -> None:
-        self.malformed += 1
-        if self.malformed & (self.malformed - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a flood fills no log
-            log.warning("control packet dropped count=%d why=%s", self.malformed, why)
+        self.refusals.add(MALFORMED, f"why={why[:200]}")
 
     def _socket(self, kind: int, address: Address) -> zmq.Socket[bytes]:
         if self._context is None:
@@ -198,12 +239,29 @@ class Control:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 4096)
         socket.setsockopt(zmq.RCVHWM, 4096)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_NBYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._limits.message_nbytes)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, math.ceil(self._limits.handshake_s * 1000))
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         if address.is_v6:
             socket.setsockopt(zmq.IPV6, 1)
+        self._give_up_dead_hosts(socket)
         return socket
+
+    def _give_up_dead_hosts(self, socket: zmq.Socket[bytes]) -> None:
+        """Close connections to hosts that vanished without a word; a router would keep them, and an fd each.
+
+        TCP's own probes, which the kernel of a process that is merely stopped still answers. One that is closed too
+        early is connected again, and the channel sends again.
+        """
+        idle_s = min(math.ceil(self._peer_lost_s), MAX_KEEPALIVE_IDLE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, idle_s)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+        socket.setsockopt(
+            zmq.TCP_MAXRT, math.ceil(self._peer_lost_s * 2000)
+        )  # probes rest while bytes are unacknowledged
 
 
 def _try_send(socket: zmq.Socket[bytes], parts: list[bytes]) -> bool:
@@ -218,9 +276,10 @@ def _try_send(socket: zmq.Socket[bytes], parts: list[bytes]) -> bool:
     return True
 
 
-def _arrived(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
-    for _ in range(MAX_READS_PER_TURN):
+def _arrived(socket: zmq.Socket[bytes], most: int = 256) -> Iterator[list[zmq.Frame]]:
+    """The messages that have arrived, with what ZeroMQ knows of who sent them."""
+    for _ in range(most):
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
+            yield socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return

@@ -7,6 +7,7 @@ code. Calls take what happened; `drain()` returns what is to be done about it, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
 from kvpoll_fsm.commands import Command, Fence, Grant, Regrant, Release, Send
-from kvpoll_fsm.connection import Connection
+from kvpoll_fsm.connection import UNSEEN, Connection, Origin
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
-from kvpoll_fsm.errors import FailureCode
+from kvpoll_fsm.errors import FailureCode, LimitReached
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.lessor import WITHDRAW_TIMER, Lessor
+from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import Beat, Frame, Hello, Message, Stranger, Welcome
-from kvpoll_fsm.parking import Parking
+from kvpoll_fsm.parking import Parking, Told, refusal
 from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.receiver_session import ReceiverOptions, ReceiverSession
 from kvpoll_fsm.rooms import Rooms
@@ -43,6 +45,7 @@ class CoreOptions:
         offers: The transports peers can write to us through.
         blocks: Blocks in the pool.
         managed: We choose blocks; otherwise the engine names them.
+        limits: How much peers may take.
     """
 
     incarnation: bytes
@@ -51,6 +54,7 @@ class CoreOptions:
     blocks: int
     managed: bool = True
     deadlines: Deadlines = field(default_factory=Deadlines)
+    limits: Limits = field(default_factory=Limits)
 
 
 class EndpointCore:
@@ -60,15 +64,17 @@ class EndpointCore:
         options: What the endpoint is.
         parking: Reservations that no open room could take.
         ignored: Messages for rooms that are not here (any more).
+        refused: How often something of a peer was refused, by reason.
     """
 
     def __init__(self, options: CoreOptions) -> None:
         self.options = options
         self._rooms = Rooms()
-        self.parking = Parking()
+        self.parking = Parking(options.limits)
         self.ignored = 0
+        self.refused: dict[str, int] = {}
         self._out = Outbox()
-        self._peers = Peers(options.incarnation, options.layout, options.offers, self._out)
+        self._peers = Peers(options.incarnation, options.layout, options.offers, self._out, options.limits)
         accounts = BlockAccounts(options.blocks, options.managed)
         self._lessor = Lessor(accounts, options.layout.block_tokens, options.deadlines.withdraw_s, self._out)
         self._rooms_of: dict[int, dict[RoomKey, None]] = {}
@@ -107,11 +113,13 @@ class EndpointCore:
 
         Raises:
             DuplicateRoom: It is open here and was not cleared.
-            RequestTooLarge: The pool could never grant as many blocks.
+            RequestTooLarge: The pool could never grant as many blocks, to all ranks of the room that are open here.
             ForeignBlock: Blocks the engine named are not free.
         """
         if not (options.dummy or options.exact):
-            self.accounts.check(options.blocks)
+            siblings = self._rooms.open_receivers(room, options.ranks)
+            beside = sum(session.options.blocks for session in siblings if session.options.conn == options.conn)
+            self.accounts.check(options.blocks + beside)
         key = self._rooms.new_key("receiver", room, rank)
         if options.exact:
             self._lessor.take_exact(key, options.exact)
@@ -156,7 +164,11 @@ class EndpointCore:
     # Peers
 
     def connect(self, address: str) -> int:
-        """The connection to the endpoint at `address`; says Hello if there is none yet."""
+        """The connection to the endpoint at `address`; says Hello if there is none yet.
+
+        Raises:
+            LimitReached: There are as many as there may be.
+        """
         connection = self._peers.connected_to(address)
         if connection is None:
             connection = self._peers.call(address)
@@ -164,12 +176,18 @@ class EndpointCore:
         connection.idle_ticks = 0
         return connection.number
 
-    def hello(self, packet: Hello) -> int:
-        """A peer introduces itself; returns its connection, to which the Welcome goes.
+    def hello(self, packet: Hello, origin: Origin = UNSEEN) -> int | None:
+        """A peer introduces itself; returns its connection, to which the Welcome goes, or None if it is refused.
 
         The route for replies to that connection is wherever this came from.
         """
-        number = self._peers.answer(packet).number
+        known = self._peers.caller(packet.incarnation)
+        if known is not None and not known.fits(origin):
+            self._refuse("an incarnation that belongs to another key")
+            return None
+        if known is None and not self._make_place(origin):
+            return None
+        number = self._peers.answer(packet, origin).number
         self._rooms_of.setdefault(number, {})
         return number
 
@@ -189,9 +207,17 @@ class EndpointCore:
         elif not known:
             self._peers.must_flush(conn)
 
-    def frame(self, packet: Frame) -> int | None:
-        """A frame of a peer; returns its connection, or None if there is none (the caller says Stranger)."""
+    def frame(self, packet: Frame, origin: Origin | None = None) -> int | None:
+        """A frame of a peer; returns its connection, or None if there is none (the caller says Stranger).
+
+        Args:
+            packet: The frame.
+            origin: Where it came from. None if that is known to be the connection that the frame names.
+        """
         connection = self._peers.find(packet.target, packet.source, outgoing=not packet.outgoing)
+        if connection is not None and origin is not None and not connection.fits(origin):
+            self._refuse("a frame in another peer's name")
+            return None
         if connection is None:
             return None
         connection.silent_ticks = 0
@@ -240,16 +266,26 @@ class EndpointCore:
             self._lessor.timer_fired(epoch)
             self._run()
 
-    def heartbeat_tick(self, host_alive: bool) -> None:
-        """`heartbeat_s` has passed: tell peers that we live, find those that do not."""
+    def heartbeat_tick(self, host_alive: bool, working: frozenset[RoomKey] = frozenset()) -> None:
+        """`heartbeat_s` has passed: tell peers that we live, find those that do not.
+
+        Args:
+            host_alive: The host has called its endpoint lately.
+            working: Rooms that wait for a worker while the workers move on.
+        """
+        for key in working:
+            self._out.feed(key, inputs.Worked())
+        self._run()
         for connection in list(self.connections.values()):
             rooms = self._rooms_of.get(connection.number)
             if rooms is None:  # ended with another
                 continue
-            self._peers.heartbeat(connection, list(self._beats(connection.number, host_alive)))
+            self._peers.heartbeat(connection, list(self._beats(connection.number, host_alive, working)))
             reason = connection.tick(self.options.deadlines, busy=bool(rooms))
             if reason:
                 self.end(connection.number, reason)
+        after = math.ceil(self.options.limits.orphan_s / self.options.deadlines.heartbeat_s)
+        self._turn_away(self.parking.expire(after))
 
     def resend_tick(self) -> None:
         """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""
@@ -277,7 +313,7 @@ class EndpointCore:
         copy._out = self._out.clone()
         copy._peers = self._peers.clone(copy._out)
         copy._lessor = self._lessor.clone(copy._out)
-        copy.parking, copy.ignored = self.parking.clone(), self.ignored
+        copy.parking, copy.ignored, copy.refused = self.parking.clone(), self.ignored, dict(self.refused)
         copy._rooms = self._rooms.clone()
         copy._rooms_of = {conn: dict(rooms) for conn, rooms in self._rooms_of.items()}
         return copy
@@ -368,13 +404,39 @@ class EndpointCore:
             return
         session = self._rooms.open_sender(message.room)
         if session is not None and session.admits(conn, message):
-            self._rooms_of[conn][session.room_key] = None
-            self._give(session.room_key, conn, message)
-            return
-        displaced = self.parking.park(conn, message)
-        if displaced is not None:
-            self.parking.dismiss(*displaced)
-            self._peers.push(*displaced)
+            self._enter(session.room_key, conn, message)
+        else:
+            self._turn_away(self.parking.park(conn, message, self.connections[conn].account))
+
+    def _enter(self, key: RoomKey, conn: int, message: messages.Reserve) -> None:
+        rooms, limit = self._rooms_of[conn], self.options.limits.rooms_per_peer
+        if key not in rooms and len(rooms) >= limit:
+            return self._turn_away([(conn, refusal(message, "rooms_per_peer", limit))])
+        rooms[key] = None
+        self._give(key, conn, message)
+
+    def _turn_away(self, receivers: list[Told]) -> None:
+        """Tell receivers that their reservations are void."""
+        for conn, abort in receivers:
+            if abort.failure.code is FailureCode.LimitReached:
+                self._refuse(abort.failure.detail)
+            self.parking.dismiss(conn, abort)
+            self._peers.push(conn, abort)
+
+    def _make_place(self, origin: Origin) -> bool:
+        """Whether one more peer may come."""
+        try:
+            stranger = self._peers.place_for(origin)
+        except LimitReached as error:
+            self._refuse(str(error))
+            return False
+        if stranger is not None:
+            self._refuse("a peer that said nothing but Hello: another took its place")
+            self.end(stranger.number, "other peers need the place")
+        return True
+
+    def _refuse(self, reason: str) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + 1
 
     def _route(self, connection: Connection, message: Any) -> None:
         if isinstance(message, messages.Abort) and not connection.outgoing:
@@ -390,7 +452,9 @@ class EndpointCore:
 
     def _give(self, key: RoomKey, conn: int, message: Message) -> None:
         problem = self.connections[conn].problem_of(message)
-        if problem:
+        of_room = self.sessions[key].binds
+        stranger = isinstance(message, messages.Resume) and not of_room(conn, message.rank, message.receiver_generation)
+        if problem and not stranger:
             self._out.feed(key, inputs.AbortRoom(problem, FailureCode.ProtocolError))
         else:
             self._out.feed(key, inputs.MessageReceived(conn, message))
@@ -408,11 +472,15 @@ class EndpointCore:
         key = self._key_of(connection, beat) if beat.to_sender is not connection.outgoing else None
         if key is None or beat.gate not in Gate.__members__:
             return
-        if self.sessions[key].binds(connection.number, beat.rank, beat.receiver_generation):
-            self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), beat.bytes_done, beat.host_alive))
+        session = self.sessions[key]
+        if isinstance(session, ReceiverSession) and session.sender_generation not in (0, beat.sender_generation):
+            return  # of another life of the sender's room
+        if session.binds(connection.number, beat.rank, beat.receiver_generation):
+            said = (beat.bytes_done, beat.host_alive, beat.working)
+            self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), *said))
 
-    def _beats(self, conn: int, host_alive: bool) -> Iterator[Beat]:
+    def _beats(self, conn: int, host_alive: bool, working: frozenset[RoomKey]) -> Iterator[Beat]:
         for key in self._rooms_of[conn]:
             session = self.sessions[key]
             if not session.state.is_terminal:
-                yield from session.beats(conn, host_alive)
+                yield from session.beats(conn, host_alive, key in working)

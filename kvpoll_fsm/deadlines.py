@@ -81,7 +81,8 @@ class Deadlines:
     Attributes:
         bootstrap_s: For the other side to show up and grant blocks.
         input_s: For the host to have data, renewed by a "queued, alive" heartbeat; for blocks of one's own pool.
-        stall_s: For a part to make progress; renewed only by growth of the bytes that landed.
+        stall_s: For a part to make progress; renewed only by growth of the bytes that landed,
+            and while its staging, checking or copying goes on at either end.
         resume_s: For the next grant after a part that was not the last.
         room_timeout_s: Caps the life of a room whatever renews the others.
         heartbeat_s: How often a peer is told that we live and where its rooms stand.

@@ -11,30 +11,33 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from kvpoll_fsm import commands, spi
+from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.carriers import Carriers
 from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
-from kvpoll_fsm.connection import Connection, introduction
+from kvpoll_fsm.connection import Connection, check_introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
-from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, TransportUnavailable, UnsupportedVersion
+from kvpoll_fsm.display import Display
+from kvpoll_fsm.errors import EndpointClosed, FailureCode, LimitReached
+from kvpoll_fsm.inbox import Inbox
 from kvpoll_fsm.incoming import Incoming
-from kvpoll_fsm.inputs import AbortRoom, Crashed, Input, Preflighted
+from kvpoll_fsm.inputs import AbortRoom
+from kvpoll_fsm.jobs import Jobs
 from kvpoll_fsm.links import Links
-from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
+from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.poll import KVPoll
-from kvpoll_fsm.receiver_session import ReceiverSession
+from kvpoll_fsm.reception import Reception
 from kvpoll_fsm.recorder import Recorder
 from kvpoll_fsm.session import RoomKey, Session
-from kvpoll_fsm.spi import Transport
+from kvpoll_fsm.spi import CountsRefusals, Transport
 from kvpoll_fsm.timers import Timers
 from kvpoll_fsm.view import RoomView
 from kvpoll_fsm.workers import Workers
@@ -46,8 +49,6 @@ T = TypeVar("T")
 
 POLL_INTERVAL_S = 0.001
 """How often a transport without a `fileno()` is asked, while there is something it could tell."""
-BLAME_S = 0.05
-"""How long a write that failed waits for word of the receiver, which may have given the room up."""
 FLUSH_S = 2.0
 """How long `close()` waits for peers to acknowledge the last outcomes."""
 
@@ -58,7 +59,6 @@ class Driver:
     Attributes:
         address: The control address, once started.
         core: All state that decides; the driver's thread alone touches it.
-        views: What hosts see of their rooms, by key.
         forked: This is a forked child's copy, which has no thread.
         pid: The process that owns it.
         host_seen: Set by every call of the host; tells a live host from a live driver.
@@ -67,20 +67,18 @@ class Driver:
     def __init__(self, pool: BlockPool, config: Config, transports: Mapping[str, Transport]) -> None:
         self.pool = pool
         self.config = config
-        self.transports = transports
         self.host_seen = True
         self.forked = False
         self.pid = os.getpid()
-        self.views: dict[RoomKey, RoomView] = {}
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox = Inbox()
         self._timers = Timers(time.monotonic)
-        self._control = Control(config.listen, config.keys)
+        self._control = Control(config.listen, config.keys, config.limits, config.deadlines.peer_lost_s)
+        self._carriers = Carriers(transports, self._control)
         self._workers = Workers(config.workers)
+        self._jobs = Jobs(self._workers, self._answer)
         self._phase = "running"
         self._owed = self._flush_over = self._closing = False
         self._cause: str | None = None
-        self._wakeup = -1
-        self._wake_lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._host_seen_s = time.monotonic()
 
     # Start and end
@@ -90,45 +88,52 @@ class Driver:
 
         Raises:
             AddressError: The listen address cannot be bound.
+            BlockError: Another endpoint uses the pool.
             TransportUnavailable: A transport cannot work here.
         """
+        self.pool.claim()
         incarnation = os.urandom(16)
         self.recorder = Recorder(incarnation, self.config.trace)
         try:
             self.recorder.start()
-            offers = self._start_transports()
-            bound = self._control.start()
+            offers = self._carriers.start(self.pool)
+            check_introduction(incarnation, self.pool.layout, offers)
+            self.address = self._advertised(self._control.start())
             self._workers.start()
         except BaseException:
             self._control.close()
-            self._close_transports()
+            self._carriers.close()
             self.recorder.close()
+            self.pool.unclaim()
             raise
-        advertise = self.config.advertise
-        if advertise is not None:
-            bound = advertise.with_port(advertise.port or bound.port).with_key(bound.key)
-        self.address = bound
-        options = CoreOptions(
-            incarnation, self.pool.layout, offers, self.pool.blocks, self.pool.managed, self.config.deadlines
-        )
-        self.core = EndpointCore(options)
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._links = Links(self.transports)
-        self.incoming = Incoming(self.pool, self.transports, self._submit, self._feed, self.config.arrays)
-        self.outgoing = Outgoing(
-            self.pool,
-            self.transports,
-            self._links,
-            self.core.connections,
-            self._submit,
-            self._feed,
-            self._hashes,
-            lambda action: self._timers.set(action, BLAME_S),
-        )
-        self._watch()
+        self.core = EndpointCore(self._options(incarnation, offers))
+        self._assemble()
+        self._control.watch(self._inbox.open())
+        self._carriers.watch(self._actions.lost)
         self._thread = threading.Thread(target=self._run, name="kvpoll-driver", daemon=True)
         self._thread.start()
         return self.address
+
+    def _advertised(self, bound: Address) -> Address:
+        advertise = self.config.advertise
+        if advertise is None:
+            return bound
+        return advertise.with_port(advertise.port or bound.port).with_key(bound.key)
+
+    def _options(self, incarnation: bytes, offers: tuple[TransportOffer, ...]) -> CoreOptions:
+        pool, config = self.pool, self.config
+        return CoreOptions(incarnation, pool.layout, offers, pool.blocks, pool.managed, config.deadlines, config.limits)
+
+    def _assemble(self) -> None:
+        """Make those who work for the driver; what they share are the core, the transports and the jobs."""
+        core, transports, submit, feed = self.core, self.transports, self._jobs.submit, self.core.feed
+        give_up, arrays, peers = self._carriers.give_up, self.config.arrays, self.core.connections
+        self._links = Links(transports)
+        self.incoming = Incoming(self.pool, transports, submit, feed, give_up, arrays)
+        self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
+        self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
+        self._display = Display(self.recorder, peers, self.incoming.take_arrays)
+        self._reception = Reception(core, self._control, self.recorder)
 
     def close(self) -> None:
         """Fail what is live, tell peers, wait for their acknowledgement, give everything back."""
@@ -143,10 +148,9 @@ class Driver:
     def post(self, task: Callable[[], None]) -> None:
         """Run `task` on the driver's thread, soon; once that has ended, here and to no effect."""
         self.host_seen = True
-        self._inbox.append(task)
-        self._wake()
+        self._inbox.put(task)
         if self._cause is not None:  # perhaps it ended just now; nobody else would run the task
-            self.abandon_inbox()
+            self._inbox.abandon()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the driver's thread; its result or exception is the future's.
@@ -168,6 +172,16 @@ class Driver:
         return future
 
     @property
+    def transports(self) -> dict[str, Transport]:
+        """The transports that work, by name."""
+        return self._carriers.live
+
+    @property
+    def views(self) -> dict[RoomKey, RoomView]:
+        """What hosts see of their rooms, by key."""
+        return self._display.views
+
+    @property
     def closing(self) -> bool:
         """No new room is taken: it is being closed, or has ended."""
         return self._phase != "running" or self._cause is not None
@@ -186,10 +200,27 @@ class Driver:
         self._control.check_peer(address)
 
     def connect(self, address: Address) -> int:
-        """The connection to the endpoint at `address`, opened if there is none. Driver's thread."""
+        """The connection to the endpoint at `address`, opened if there is none. Driver's thread.
+
+        Raises:
+            LimitReached: There are as many as there may be.
+        """
         conn = self.core.connect(str(address))
-        self._control.connect(conn, address)
+        try:
+            self._control.connect(conn, address)
+        except LimitReached as error:
+            self.core.end(conn, str(error), FailureCode.LimitReached)
+            raise
         return conn
+
+    def refused(self) -> dict[str, dict[str, int]]:
+        """How often something was refused, by plane and reason. Driver's thread."""
+        self._control.refusals.follow(self.core.refused)
+        counts = {"control": self._control.refusals.counts()}
+        for name, transport in self.transports.items():
+            if isinstance(transport, CountsRefusals):
+                counts[name] = dict(transport.refused())
+        return counts
 
     def add_view(self, key: RoomKey, view: RoomView) -> None:
         """Show a room that was opened. Driver's thread."""
@@ -212,20 +243,11 @@ class Driver:
             self._show(key, session)
 
     def _show(self, key: RoomKey, session: Session) -> None:
-        view = self.views.get(key)
         if session.quiescent:
             self.outgoing.forget(key)
             if session.state is KVPoll.Failed:
                 self.incoming.forget(key)
-        self._record(key, session)
-        if view is None:
-            return
-        before = view.state
-        if session.state is KVPoll.Success and view.data is None:
-            view.data = self.incoming.take_arrays(key)
-        view.update(session)
-        if session.state.is_terminal and not before.is_terminal:
-            log_end(view)
+        self._display.show(key, session)
 
     # The loop
 
@@ -242,20 +264,19 @@ class Driver:
             self._end(cause)
 
     def _turn(self) -> None:
-        readable = self._control.wait(self._wait_s())
-        if self._wakeup in readable:
-            os.eventfd_read(self._wakeup)
-        self._run_inbox(len(self._inbox))
-        for conn, identity, packet in self._control.read():
-            self._packet(conn, identity, packet)
-        for name, transport in self.transports.items():
-            for completion in transport.completions():
-                self._completed(name, completion)
+        self._inbox.heard(self._control.wait(self._wait_s()))
+        self._inbox.run()
+        for origin, identity, packet in self._control.read():
+            self._reception.take(origin, identity, packet)
+        for name, completion in self._carriers.news():
+            self._actions.completed(name, completion)
         for timer, epoch in self._timers.due():
             self._timer(timer, epoch)
         self.core.flush()
         self._carry_out()
         self.recorder.flush()
+        if self._carriers.fatal is not None:
+            raise self._carriers.fatal
         if self.core.owes_ack and not self._owed:
             self._owed = True
             self._timers.set("ack", ACK_AFTER_S)
@@ -265,56 +286,15 @@ class Driver:
             return 0.0
         due = self._timers.next_in_s()
         awaited = not (self.outgoing.idle and self.incoming.idle and self._links.idle)
-        if not (self._blind and awaited):
+        if not (self._carriers.blind and awaited):
             return due
         return min(POLL_INTERVAL_S, POLL_INTERVAL_S if due is None else due)
-
-    def _packet(self, conn: int | None, identity: bytes, packet: Packet | UnsupportedVersion) -> None:
-        if isinstance(packet, UnsupportedVersion):
-            self._version_refused(conn, identity, packet)
-        elif isinstance(packet, Hello):
-            if conn is None:
-                self._control.route(self.core.hello(packet), identity)
-        elif isinstance(packet, Frame):
-            if packet.outgoing is not (conn is None):  # only who said Hello comes to our port: this is a replay
-                return
-            self._record_messages("in", packet)
-            found = self.core.frame(packet)
-            if found is None:
-                self._answer_stranger(conn, identity, packet)
-            elif conn is None:
-                self._control.route(found, identity)
-        elif conn is not None and isinstance(packet, Welcome):
-            self.core.welcome(conn, packet)
-        elif conn is not None and isinstance(packet, Stranger):
-            self.core.stranger(conn, packet)
-
-    def _answer_stranger(self, conn: int | None, identity: bytes, packet: Frame) -> None:
-        if conn is None:
-            self._control.reply(identity, Stranger(self.core.options.incarnation, packet.target))
-
-    def _version_refused(self, conn: int | None, identity: bytes, error: UnsupportedVersion) -> None:
-        if conn is not None:
-            self.core.end(conn, str(error), FailureCode.UnsupportedVersion)
-        else:
-            options = self.core.options
-            ours = introduction(options.incarnation, options.layout, ())
-            self._control.reply(identity, Welcome(answers=bytes(16), **ours))
-
-    def _completed(self, name: str, completion: spi.Completion) -> None:
-        if isinstance(completion, (spi.LinkUp, spi.LinkDown)):
-            self._links.completed(name, completion)
-        elif isinstance(completion, spi.Fenced):
-            self.incoming.fenced(name, completion.fence)
-        else:
-            key = self.outgoing.room_of(name, completion.ticket)
-            if key is not None:
-                self._guarded(key, lambda: self.outgoing.completed(name, completion))
 
     def _timer(self, name: Any, epoch: int) -> None:
         if name == "heartbeat":
             self._timers.set(name, self.config.deadlines.heartbeat_s)
-            self.core.heartbeat_tick(self._host_alive())
+            self.core.heartbeat_tick(self._host_alive(), self._jobs.moving())
+            self._control.refusals.follow(self.core.refused)
         elif name == "resend":
             self._timers.set(name, RESEND_AFTER_S)
             self.core.resend_tick()
@@ -323,8 +303,6 @@ class Driver:
             self.core.flush(ack_now=True)
         elif name == "flush":
             self._flush_over = True
-        elif callable(name):
-            name()
         else:
             self.core.timer(name[0], name[1], epoch, self._host_alive())
 
@@ -344,7 +322,7 @@ class Driver:
 
     def _effect(self, effect: Effect) -> None:
         if isinstance(effect, Transmit):
-            self._record_messages("out", effect.packet)
+            self.recorder.frame("out", effect.packet)
             self._control.send(effect.conn, effect.packet)
         elif isinstance(effect, Changed):
             self.show(effect.key)
@@ -352,135 +330,27 @@ class Driver:
                 self._over(effect.key)
         elif isinstance(effect, Hangup):
             self._control.hang_up(effect.conn)
-            self._links.hang_up(effect.conn)
-            self.outgoing.hang_up(effect.conn)
-        elif effect.key is None:
-            self._command(None, effect.command)
+            self._actions.hang_up(effect.conn)
         else:
-            key, command = effect.key, effect.command
-            self._guarded(key, lambda: self._command(key, command))
-
-    def _guarded(self, key: RoomKey, action: Callable[[], None]) -> None:
-        """Act for one room; an exception fails this room and nothing else."""
-        try:
-            action()
-        except Exception as error:  # whatever a transport or an array throws must stay in its room
-            log.exception("room failed room=%d side=%s", key.room, key.side)
-            self._feed(key, Crashed(f"{type(error).__name__}: {error}"))
-
-    def _command(self, key: RoomKey | None, command: commands.Command) -> None:
-        if isinstance(command, commands.SetTimer):
-            self._timers.set((key, command.name), command.after_s, command.epoch)
-        elif isinstance(command, commands.CancelTimer):
-            self._timers.cancel((key, command.name))
-        elif key is not None:
-            self._ACTIONS[type(command)](self, key, command)
-
-    def _preflight(self, key: RoomKey, command: commands.Preflight) -> None:
-        def answer(ok: bool, why: str) -> None:
-            self._feed(key, Preflighted(command.rank, command.conn, command.transport, ok, why))
-
-        connection = self.core.connections.get(command.conn)
-        offer = connection.offers.get(command.transport) if connection else None
-        self._links.reach(command.conn, offer, command.transport, answer)
-
-    _ACTIONS: ClassVar[Mapping[type, Callable[[Any, RoomKey, Any], None]]] = {
-        commands.Preflight: _preflight,
-        commands.StartPart: lambda self, key, command: self.outgoing.start(key, command),
-        commands.CancelPart: lambda self, key, command: self.outgoing.cancel(key),
-        commands.Expose: lambda self, key, command: self.incoming.expose(key, command),
-        commands.Release: lambda self, key, command: self.incoming.release(key, command.part),
-        commands.Fence: lambda self, key, command: self.incoming.fence(key, command),
-        commands.Verify: lambda self, key, command: self.incoming.verify(key, command),
-        commands.CopyOut: lambda self, key, command: self.incoming.copy_out(key, command),
-    }
+            self._actions.do(effect.key, effect.command)
 
     # Inside
-
-    def _start_transports(self) -> tuple[TransportOffer, ...]:
-        """Start those that can work here; the others are left out, if any can."""
-        offers: dict[str, TransportOffer] = {}
-        refusals: list[TransportUnavailable] = []
-        for name, transport in self.transports.items():
-            try:
-                offers[name] = self._start_transport(name, transport)
-            except TransportUnavailable as error:
-                log.warning("transport left out: %s", error)
-                refusals.append(error)
-                transport.close()
-        if not offers:
-            raise refusals[0]
-        self.transports = {name: self.transports[name] for name in offers}
-        return tuple(offers.values())
-
-    def _start_transport(self, name: str, transport: Transport) -> TransportOffer:
-        transport.start()
-        regions = tuple(transport.register(region) for region in self.pool.regions())
-        return TransportOffer(name, transport.descriptor(), regions)
-
-    def _watch(self) -> None:
-        self._control.watch(self._wakeup)
-        self._blind = False
-        for transport in self.transports.values():
-            fd = transport.fileno()
-            if fd is None:
-                self._blind = True
-            else:
-                self._control.watch(fd)
 
     def _set_ticks(self) -> None:
         self._timers.set("heartbeat", self.config.deadlines.heartbeat_s)
         self._timers.set("resend", RESEND_AFTER_S)
 
-    def _feed(self, key: RoomKey, event: Input) -> None:
-        self.core.feed(key, event)
-
     def _hashes(self, transport: str) -> bool:
-        wanted = self.config.checksum
-        return not self.transports[transport].capabilities.integrity if wanted == "auto" else bool(wanted)
+        wanted, found = self.config.checksum, self.transports.get(transport)
+        return not (found and found.capabilities.integrity) if wanted == "auto" else bool(wanted)
 
-    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
-        def finished(result: object) -> None:
-            self._inbox.append(lambda: self._guarded(key, lambda: then(result)))
-            self._wake()
-
-        self._workers.submit(work, finished)
-
-    def _wake(self) -> None:
-        with self._wake_lock:
-            if self._wakeup >= 0:
-                os.eventfd_write(self._wakeup, 1)
-
-    def _run_inbox(self, count: int) -> None:
-        for _ in range(count):
-            try:
-                task = self._inbox.popleft()
-            except IndexError:  # after the end, another thread was faster
-                return
-            try:
-                task()
-            except Exception:  # a host's request must not end the others' rooms
-                log.exception("request failed")
-
-    def _record(self, key: RoomKey, session: Session) -> None:
-        peer = None
-        if isinstance(session, ReceiverSession):
-            connection = self.core.connections.get(session.options.conn)
-            peer = connection.peer if connection else None
-        self.recorder.room(key, session, peer)
-
-    def _record_messages(self, way: str, packet: Packet) -> None:
-        if isinstance(packet, Frame):
-            peer = packet.target if way == "out" else packet.source
-            for message in packet.messages:
-                self.recorder.message(peer, way, message)
+    def _answer(self, key: RoomKey, action: Callable[[], None]) -> None:
+        """Act for a room on the driver's thread, soon. For any thread."""
+        self._inbox.put(lambda: self._actions.guarded(key, action))
 
     def _over(self, key: RoomKey) -> None:
         """A room that was cleared has ended for good."""
-        self.recorder.forget(key)
-        view = self.views.pop(key, None)
-        if view is not None:
-            view.settle()
+        self._display.forget(key)
         self.outgoing.forget(key)
         self.incoming.forget(key)
 
@@ -506,49 +376,22 @@ class Driver:
 
     def _end(self, cause: str) -> None:
         self._cause = cause
-        for view in list(self.views.values()):
-            code = FailureCode.Aborted if cause == "closed" else FailureCode.InternalError
-            view.fail(Failure.of(code, cause, state=view.state))
+        self._display.fail_all(cause)
         self._workers.close()
-        self._close_transports()
-        for view in list(self.views.values()):
-            view.settle()
+        self._carriers.close()
+        self._display.settle_all()
         for close in (self._control.close, self.recorder.close):
             try:
                 close()
             except Exception:  # whoever waits must be answered all the same
                 log.exception("endpoint %s did not close", self.address)
-        with self._wake_lock:
-            os.close(self._wakeup)
-            self._wakeup = -1
-        self.abandon_inbox()
-
-    def _close_transports(self) -> None:
-        for name, transport in self.transports.items():
-            try:
-                transport.close()
-            except Exception:  # the others must be closed too
-                log.exception("transport %s did not close", name)
-
-    def abandon_inbox(self) -> None:
-        """Run what was still asked, so that every future ends, if to no effect."""
-        while self._inbox:
-            self._run_inbox(1)
+        self._inbox.close()
+        if self._carriers.fatal is None:  # else it may be written to still
+            self.pool.unclaim()
+        self._inbox.abandon()
 
 
 def _must_hear(connection: Connection) -> bool:
     """The peer has not acknowledged our last words yet. One that never said anything has no room here."""
     channel = connection.channel
     return bool(channel.target and channel.unacked and (connection.outgoing or channel.received))
-
-
-def log_end(view: RoomView) -> None:
-    """One structured line for a room that ended."""
-    seconds = time.monotonic() - view.opened_s
-    tokens = sum(part.tokens for part in view.parts)
-    side = view.key.side if view.key else "?"
-    text = "room ended side=%s room=%d rank=%d tag=%s state=%s parts=%d tokens=%d seconds=%.3f cause=%s"
-    level = logging.INFO if view.failure is None else logging.WARNING
-    log.log(
-        level, text, side, view.room, view.rank, view.tag, view.state, len(view.parts), tokens, seconds, view.failure
-    )

@@ -31,6 +31,7 @@ from kvpoll_fsm.errors import (
     TransportUnavailable,
 )
 from kvpoll_fsm.handles import CALL_S, Receiver, Room, Sender, plain_block_ids, plain_integer
+from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.security import Keys
@@ -71,6 +72,7 @@ class Endpoint:
         authorized: str | Path | None = None,
         insecure: bool = False,
         trace: str | Path | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Store the settings; nothing is opened before `start()`.
 
@@ -90,6 +92,7 @@ class Endpoint:
             authorized: Folder of the NAME.key files of trusted peers; goes with `keys`.
             insecure: Listen beyond this machine without keys all the same.
             trace: Append the whole trace to this file (`kvpoll check-trace` reads it).
+            limits: How much peers may take of the endpoint.
 
         Raises:
             InvalidInput: A setting that cannot work; names it and what it may be.
@@ -110,6 +113,7 @@ class Endpoint:
             keys=_load_keys(keys, authorized),
             insecure=insecure,
             trace=trace,
+            limits=limits or Limits(),
         )
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
@@ -294,8 +298,20 @@ class Endpoint:
         return True
 
     def dump(self) -> list[dict[str, Any]]:
-        """Every room that is not over: side, room, rank, state, the gate it waits at, and bytes done."""
+        """Every room that is not over: the gate that holds it, since when, and what would open it.
+
+        Each is a dict of side, room, rank, tag, state, gate, waits_for (a sentence), waited_s (seconds at this
+        gate), limit_s (how long it may wait there without a sign of progress, None once it is terminal) and
+        bytes_done. A room that is terminal is listed until no write of it can land and it was cleared.
+        """
         return self._ask(lambda driver: [_describe(driver, key) for key in driver.core.sessions])
+
+    def refused(self) -> dict[str, dict[str, int]]:
+        """How often something was refused: by plane ("control", or a transport's name) and reason.
+
+        The log has the first of each, with what is known of the peer.
+        """
+        return self._ask(lambda driver: driver.refused())
 
     def trace(self) -> list[Record]:
         """The newest records of the trace: states, parts and messages, oldest first."""
@@ -324,7 +340,8 @@ class Endpoint:
         try:
             self._admit(view, opening)
         except Exception as error:  # told to the handle's owner by poll(), as any other failure
-            failure = Failure.of(FailureCode.InternalError, f"could not be opened: {error}", state=view.state)
+            code = FailureCode.__members__.get(type(error).__name__, FailureCode.InternalError)
+            failure = Failure.of(code, f"could not be opened: {error}", state=view.state)
             view.fail(failure)
             view.settle()
 
@@ -399,6 +416,7 @@ def _is_idle(driver: Driver) -> bool:
 def _describe(driver: Driver, key: Any) -> dict[str, Any]:
     session = driver.core.sessions[key]
     view = driver.views.get(key)
+    live = not session.state.is_terminal
     return {
         "side": key.side,
         "room": key.room,
@@ -406,7 +424,9 @@ def _describe(driver: Driver, key: Any) -> dict[str, Any]:
         "tag": view.tag if view else "",
         "state": str(session.state),
         "gate": str(session.gate),
-        "waits_for": "" if session.state.is_terminal else session.awaited(),
+        "waits_for": session.awaited(),
+        "waited_s": round(time.monotonic() - view.gate_since_s, 3) if view else None,
+        "limit_s": driver.config.deadlines.of(session.state, session.gate) if live else None,
         "bytes_done": session.bytes_done,
     }
 

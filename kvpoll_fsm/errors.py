@@ -16,6 +16,7 @@ KvpollError
 ├── TransportUnavailable      unknown, not installed, or unusable here
 ├── MalformedMessage          bytes that are no message of ours
 ├── UnsupportedVersion        a peer that shares no protocol version with us
+├── LimitReached              more than an endpoint's `Limits` allow
 ├── ChannelOverflow           a peer takes messages slower than they are produced
 ├── TransferFailed            `result()` of a room that ended Failed; carries the `Failure`
 ├── EndpointClosed            the endpoint, or its driver, has ended
@@ -48,6 +49,7 @@ __all__ = [
     "KvpollError",
     "LayoutError",
     "LayoutMismatch",
+    "LimitReached",
     "MalformedMessage",
     "PolicyError",
     "RequestTooLarge",
@@ -59,7 +61,10 @@ __all__ = [
 
 
 class FailureCode(str, enum.Enum):
-    """Why a room ended Failed. The values travel between peers and never change."""
+    """Why a room ended Failed. The values travel between peers and never change.
+
+    A value that a newer peer sends and we do not know is read as `Unknown`; the failure's detail still says more.
+    """
 
     Aborted = "Aborted"
     PeerLost = "PeerLost"
@@ -73,7 +78,13 @@ class FailureCode(str, enum.Enum):
     UnsupportedVersion = "UnsupportedVersion"
     PoolExhausted = "PoolExhausted"
     RequestTooLarge = "RequestTooLarge"
+    LimitReached = "LimitReached"
     InternalError = "InternalError"
+    Unknown = "Unknown"
+
+    @classmethod
+    def _missing_(cls, value: object) -> FailureCode | None:
+        return cls.Unknown if isinstance(value, str) else None
 
     def __str__(self) -> str:
         return self.value
@@ -89,6 +100,7 @@ _RETRYABLE = frozenset(
         FailureCode.TransportFailed,
         FailureCode.ChecksumMismatch,
         FailureCode.PoolExhausted,
+        FailureCode.LimitReached,
     }
 )
 
@@ -270,6 +282,15 @@ class UnsupportedVersion(KvpollError):
         self.ours = ours
         self.theirs = theirs
         super().__init__(f"we speak protocol versions {ours[0]}-{ours[1]}, the peer {theirs[0]}-{theirs[1]}")
+
+
+class LimitReached(KvpollError):
+    """More than the `Limits` of an endpoint allow; `name` is the setting."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        super().__init__(f"the limit {name}={limit} is reached")
 
 
 class ChannelOverflow(KvpollError):

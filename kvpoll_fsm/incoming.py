@@ -35,6 +35,7 @@ class Incoming:
         transports: Mapping[str, Transport],
         submit: Submit,
         feed: Callable[[RoomKey, Input], None],
+        give_up: Callable[[str, Exception], None],
         arrays: str,
     ) -> None:
         """Store what is needed.
@@ -44,12 +45,14 @@ class Incoming:
             transports: By name; a grant is good for all of them.
             submit: Runs work on a worker.
             feed: Gives an input to a room.
+            give_up: Closes a transport that cannot be kept from writing by less, given its name and the error.
             arrays: Kind of the arrays rooms end in: "auto", "numpy" or "torch".
         """
         self._pool = pool
         self._transports = transports
         self._submit = submit
         self._feed = feed
+        self._give_up = give_up
         self._kind: Kind = cast("Kind", arrays)
         self._tokens: dict[tuple[RoomKey, int], dict[str, bytes]] = {}
         self._fences: dict[tuple[str, int], tuple[RoomKey, int]] = {}
@@ -62,7 +65,7 @@ class Incoming:
         tokens: dict[str, bytes] = {}
         self._tokens[key, command.part] = tokens
         try:
-            for name, transport in self._transports.items():
+            for name, transport in list(self._transports.items()):
                 tokens[name] = transport.grant(lease, ranges)
         except Exception as error:  # a transport's own code may raise anything
             self.release(key, command.part)
@@ -75,11 +78,7 @@ class Incoming:
 
     def release(self, key: RoomKey, part: int) -> None:
         """The lease of a part is over: its tokens admit nothing any more."""
-        for name, token in self._tokens.pop((key, part), {}).items():
-            try:
-                self._transports[name].revoke(token)
-            except Exception:  # the others must be revoked too
-                log.exception("a token of transport %s cannot be revoked", name)
+        self._revoke(self._tokens.pop((key, part), {}))
 
     def fence(self, key: RoomKey, command: Fence) -> None:
         """Fence the part on every transport it was offered on.
@@ -90,11 +89,15 @@ class Incoming:
         tokens = self._tokens.get((key, command.part), {})
         costly = any(self._transports[name].capabilities.fence is FenceKind.process for name in tokens)
         if costly and not command.force:
-            for name, token in tokens.items():
-                self._transports[name].revoke(token)
-            return
-        for name, token in tokens.items():
-            self._fences[name, self._transports[name].fence(token)] = (key, command.part)
+            return self._revoke(tokens)
+        place = (key, command.part)
+        for earlier in [fence for fence, other in self._fences.items() if other == place]:
+            del self._fences[earlier]  # asked anew, answered once
+        for name, token in list(tokens.items()):
+            try:
+                self._fences[name, self._transports[name].fence(token)] = place
+            except Exception as error:  # closing it is the one fence that is left
+                self._give_up(name, error)
         if not tokens:
             self._feed(key, Fenced(command.part))
 
@@ -104,21 +107,24 @@ class Incoming:
         if place is not None and place not in self._fences.values():
             self._feed(place[0], Fenced(place[1]))
 
+    def lost(self, transport: str) -> None:
+        """The transport has been closed: no byte lands through it any more, under whatever token."""
+        for tokens in self._tokens.values():
+            tokens.pop(transport, None)
+        for name, fence in [place for place in self._fences if place[0] == transport]:
+            self.fenced(name, fence)
+
     def verify(self, key: RoomKey, command: Verify) -> None:
         """Check a landed part where it lies."""
-        self._submit(
+        self._work(
             key,
             lambda: self._check(command.held, command.checksum),
-            lambda result: self._feed(key, Verified(command.held.part, _problem(result))),
+            lambda problem: Verified(command.held.part, problem),
         )
 
     def copy_out(self, key: RoomKey, command: CopyOut) -> None:
         """Check and copy landed parts into the room's own arrays."""
-        self._submit(
-            key,
-            lambda: self._copy(key, command),
-            lambda result: self._feed(key, CopiedOut(command.parts[-1].part, _problem(result))),
-        )
+        self._work(key, lambda: self._copy(key, command), lambda problem: CopiedOut(command.parts[-1].part, problem))
 
     def take_arrays(self, key: RoomKey) -> dict[str, Array] | None:
         """The arrays of a room that ended Success, given out once; None where the engine owns the blocks."""
@@ -134,6 +140,14 @@ class Incoming:
         """The room is over."""
         self._destinations.pop(key, None)
 
+    def _revoke(self, tokens: dict[str, bytes]) -> None:
+        """Let the tokens admit nothing; one that might still is not left behind with a transport that works."""
+        for name, token in list(tokens.items()):
+            try:
+                self._transports[name].revoke(token)
+            except Exception as error:
+                self._give_up(name, error)
+
     def _ranges(self, blocks: tuple[int, ...], *, first: bool) -> list[Range]:
         layout = self._pool.layout
         ranges = []
@@ -142,6 +156,17 @@ class Incoming:
             chosen = blocks if not field.per_room else blocks[: 1 if first else 0]
             ranges += [Range(number, block * size, size) for block in chosen]
         return ranges
+
+    def _work(self, key: RoomKey, work: Callable[[], object], answer: Callable[[Problem | None], Input]) -> None:
+        """Have it done by a worker and feed the answer, which comes once, whatever happens."""
+
+        def done(result: object) -> None:
+            self._feed(key, answer(_problem(result)))
+
+        try:
+            self._submit(key, work, done)
+        except Exception as error:  # no worker will answer
+            done(error)
 
     def _check(self, held: HeldPart, checksum: bytes) -> Problem | None:
         if verify(self._pool, held, checksum):

@@ -35,6 +35,7 @@ __all__ = [
     "Supplied",
     "TimerFired",
     "Verified",
+    "Worked",
 ]
 
 
@@ -99,6 +100,7 @@ class BeatReceived:
     gate: Gate
     bytes_done: int
     host_alive: bool
+    working: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,11 @@ class CopiedOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Worked:
+    """Staging, Verify or CopyOut of this room is not answered yet, but the workers move on: that is progress too."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fenced:
     """No byte lands in the blocks of `part` any more."""
 
@@ -259,4 +266,5 @@ Input = (
     | Fenced
     | TimerFired
     | Crashed
+    | Worked
 )

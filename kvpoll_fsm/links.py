@@ -51,7 +51,7 @@ class Links:
             return answer(True, "")
         if entry is None:
             if offer is None or name not in self._transports:
-                return answer(False, "the peer does not offer it")
+                return answer(False, "the peer does not offer it" if offer is None else "it is not in use here")
             try:
                 entry = self._connect(conn, offer)
             except Exception as error:  # a transport's own code may raise anything
@@ -74,13 +74,17 @@ class Links:
         if isinstance(completion, LinkDown):
             return self._drop(place, completion.reason)
         waiting, entry.waiting = entry.waiting, []
-        for answer in waiting:
-            answer(True, "")
+        _answer_all(waiting, True, "")
 
     def hang_up(self, conn: int) -> None:
         """The peer is gone: its links end, and with them what is in flight on them."""
         for place in [place for place in self._links if place[0] == conn]:
             self._drop(place, "the peer is gone")
+
+    def lost(self, name: str, why: str) -> None:
+        """The transport has been closed."""
+        for place in [place for place in self._links if place[1] == name]:
+            self._drop(place, why)
 
     def _connect(self, conn: int, offer: TransportOffer) -> _Entry:
         link = self._transports[offer.name].connect(offer.descriptor, offer.regions)
@@ -98,5 +102,12 @@ class Links:
             entry.link.close()
         except Exception:  # those who wait must be answered all the same
             log.exception("link of transport %s did not close", place[1])
-        for answer in entry.waiting:
-            answer(False, why)
+        _answer_all(entry.waiting, False, why)
+
+
+def _answer_all(waiting: list[Answer], ok: bool, why: str) -> None:
+    for answer in waiting:
+        try:
+            answer(ok, why)
+        except Exception:  # this one's room has lost its link; the others must be answered too
+            log.exception("an answer about a link was not taken")

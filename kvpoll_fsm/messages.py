@@ -10,6 +10,7 @@ Each room message names both generations. 0 stands for one the sender of the mes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from kvpoll_fsm.poll import KVPoll
 
 __all__ = [
     "MAX_PACKET_NBYTES",
+    "MAX_SENT_NBYTES",
     "PROTOCOL",
     "Abort",
     "Beat",
@@ -49,6 +51,8 @@ __all__ = [
 PROTOCOL = (1, 1)
 """The lowest and the highest protocol version this code speaks."""
 MAX_PACKET_NBYTES = 1 << 22
+MAX_SENT_NBYTES = 1 << 20
+"""No packet of ours is longer, so that a peer may read less than `MAX_PACKET_NBYTES`."""
 MAX_ROOM = (1 << 63) - 1
 MAX_BLOCKS_PER_GRANT = 1 << 16
 MAX_MESSAGES_PER_FRAME = 256
@@ -100,6 +104,10 @@ class BlockGrant(msgspec.Struct, frozen=True):
     blocks: Annotated[tuple[BlockId, ...], Meta(min_length=1, max_length=MAX_BLOCKS_PER_GRANT)]
     tokens_by_transport: Annotated[tuple[tuple[Name, Token], ...], Meta(min_length=1, max_length=16)]
 
+    def __post_init__(self) -> None:
+        _all_different("block", self.blocks)
+        _all_different("transport", [each[0] for each in self.tokens_by_transport])
+
     @property
     def transports(self) -> tuple[str, ...]:
         """Names of the transports offered."""
@@ -121,6 +129,10 @@ class _Introduction(msgspec.Struct, frozen=True, kw_only=True):
     fields: Annotated[tuple[FieldSpec, ...], Meta(max_length=64)] = ()
     block_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] = 1
     transports: Annotated[tuple[TransportOffer, ...], Meta(max_length=16)] = ()
+
+    def __post_init__(self) -> None:
+        _all_different("field", [field.name for field in self.fields])
+        _all_different("transport", [offer.name for offer in self.transports])
 
 
 class Hello(_Introduction, frozen=True, tag_field="kind", tag="Hello"):
@@ -254,6 +266,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
         gate: Name of the gate this side waits at.
         bytes_done: Bytes of the room that have landed so far.
         host_alive: The host process has called its endpoint lately; the driver alone does not count.
+        working: Staging, checking or copying for this room goes on here.
     """
 
     to_sender: bool
@@ -264,6 +277,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     gate: Annotated[str, Meta(max_length=32)]
     bytes_done: Count
     host_alive: bool
+    working: bool = False
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="Frame", omit_defaults=True):
@@ -318,6 +332,16 @@ def decode(data: bytes | bytearray | memoryview) -> Packet:
     if isinstance(packet, (Hello, Welcome)):
         negotiate(packet)
     return packet
+
+
+def _all_different(what: str, values: Sequence[object]) -> None:
+    """Refuse a value that comes twice; while decoding that makes the packet malformed.
+
+    Raises:
+        ValueError: One does.
+    """
+    if len(set(values)) != len(values):
+        raise ValueError(f"a {what} that comes twice")
 
 
 def negotiate(theirs: Hello | Welcome, ours: tuple[int, int] = PROTOCOL) -> int:

@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.commands import StartPart, Target
@@ -30,7 +29,6 @@ Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], Non
 """For a room, run the first on a worker and give its result or exception to the second on the driver's thread."""
 
 Runs = list[tuple[int, int]]
-TicketEnd = Done | Failed
 
 
 class EngineBlocks:
@@ -60,14 +58,6 @@ class EngineBlocks:
 RoomSource = Source | EngineBlocks
 
 
-class Peers(Protocol):
-    """What is known of the peers: `EndpointCore.connections`."""
-
-    def get(self, conn: int, /) -> Connection | None:
-        """The connection of that number, or None."""
-        ...
-
-
 @dataclass
 class _Prepared:
     """A part that is ready to be written: where it lies, and its checksum if one is wanted."""
@@ -87,7 +77,13 @@ class _Ticket:
 
 @dataclass(eq=False)
 class _Writing:
-    """The writes of one part to one rank."""
+    """The writes of one part to one rank.
+
+    Attributes:
+        tickets: In flight.
+        loose: Ended, but may land still.
+        reading: Ended, but may read the source still. A subset of `loose` until the peer is gone.
+    """
 
     key: RoomKey
     command: StartPart
@@ -96,10 +92,8 @@ class _Writing:
     pending: deque[list[Write]] = field(default_factory=deque)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
     loose: set[int] = field(default_factory=set)
-    source_free: bool = True
+    reading: set[int] = field(default_factory=set)
     failed: str = ""
-    cancelled: bool = False
-    ended: bool = False
     reported: bool = False
 
 
@@ -119,11 +113,10 @@ class Outgoing:
         pool: BlockPool,
         transports: Mapping[str, Transport],
         links: Links,
-        peers: Peers,
+        peers: Mapping[int, Connection],
         submit: Submit,
         feed: Callable[[RoomKey, Input], None],
         hashes: Callable[[str], bool],
-        later: Callable[[Callable[[], None]], None],
     ) -> None:
         """Store what is needed.
 
@@ -135,8 +128,6 @@ class Outgoing:
             submit: Runs work on a worker.
             feed: Gives an input to a room.
             hashes: Whether a transport wants a checksum.
-            later: Does something in a moment. A failure is reported so: where the receiver has given the room
-                up, its fence may end the write before its word arrives, which is the cause to be told.
         """
         self.sources: dict[RoomKey, RoomSource] = {}
         self._pool = pool
@@ -146,7 +137,6 @@ class Outgoing:
         self._submit = submit
         self._feed = feed
         self._hashes = hashes
-        self._later = later
         self._writings: dict[tuple[RoomKey, int], _Writing] = {}
         self._by_ticket: dict[tuple[str, int], _Writing] = {}
         self._lanes: dict[tuple[int, str], _Lane] = {}
@@ -154,18 +144,18 @@ class Outgoing:
         self._loose: dict[RoomKey, set[tuple[str, int]]] = {}
 
     def start(self, key: RoomKey, command: StartPart) -> None:
-        """Begin to move a part to its targets."""
+        """Begin to move a part to its targets; each is answered by one PartWritten, whatever goes wrong."""
         for target in command.targets:
             self._writings[key, target.rank] = _Writing(key, command, target)
-        self._submit(key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result))
+        try:
+            self._submit(key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result))
+        except Exception as error:  # no worker will answer
+            self._prepared(key, command, error)
 
     def cancel(self, key: RoomKey) -> None:
         """Stop what can be stopped of the room's part; its ends are reported all the same."""
         for writing in self._of(key):
             self._give_up(writing, "cancelled")
-            writing.cancelled = True
-            if writing.ended:
-                self._report(writing)
             place = (writing.target.conn, writing.target.transport)
             link, lane = self._links.get(*place), self._lanes.get(place)
             if link is not None:
@@ -188,10 +178,25 @@ class Outgoing:
             self._ended(writing, transport, completion)
 
     def hang_up(self, conn: int) -> None:
-        """The peer is gone. Its own fence keeps it safe from what may land still, and nobody waits for our word."""
+        """The peer is gone. Its own fence keeps it safe from what may land still, and nobody waits for our word.
+
+        That says nothing of our own memory: a source that may be read still stays as it is.
+        """
         for (transport, ticket), writing in list(self._by_ticket.items()):
             if writing.target.conn == conn and ticket in writing.loose:
-                self._quiesced(writing, transport, ticket)
+                writing.loose.discard(ticket)
+                self._settle(writing, transport, ticket)
+
+    def lost(self, transport: str, why: str) -> None:
+        """The transport has been closed: it reads no source any more, and its tickets have ended without a word."""
+        for (name, ticket), writing in list(self._by_ticket.items()):
+            if name != transport:
+                continue
+            if ticket in writing.tickets:
+                self._ended(writing, name, Failed(ticket, why, quiescent=False))
+            elif ticket in writing.reading:
+                writing.reading.discard(ticket)
+                self._settle(writing, name, ticket)
 
     def room_of(self, transport: str, ticket: int) -> RoomKey | None:
         """The room a ticket belongs to."""
@@ -232,27 +237,27 @@ class Outgoing:
     def _prepared(self, key: RoomKey, command: StartPart, result: object) -> None:
         for target in command.targets:
             writing = self._writings[key, target.rank]
-            if not isinstance(result, _Prepared):
-                self._give_up(writing, f"staging failed: {result!r}")
-            elif not writing.failed:
-                writing.checksum = result.checksum if self._hashes(target.transport) else None
-                try:
+            try:
+                if not isinstance(result, _Prepared):
+                    self._give_up(writing, f"staging failed: {result!r}")
+                elif not writing.failed:
                     self._plan(writing, result)
-                except Exception as error:  # a grant that makes no sense ends this part, which must be reported
-                    self._give_up(writing, f"{type(error).__name__}: {error}")
+            except Exception as error:  # a grant that makes no sense ends this part, which must be reported
+                self._give_up(writing, f"{type(error).__name__}: {error}")
             if writing.failed:
                 self._finish(writing)
 
     def _plan(self, writing: _Writing, prepared: _Prepared) -> None:
         """Turn the part into batches of writes, and queue them once the link works."""
         target, layout = writing.target, self._pool.layout
-        connection = self._peers.get(target.conn)
-        if connection is None:
-            return self._give_up(writing, "the connection has ended")
+        writing.checksum = prepared.checksum if self._hashes(target.transport) else None
+        connection, transport = self._peers.get(target.conn), self._transports.get(target.transport)
+        if connection is None or transport is None:
+            return self._give_up(writing, "the connection has ended" if transport else "the transport was given up")
         there = runs(target.grant.blocks, connection.block_tokens, writing.command.tokens)
         room_slots = None if prepared.room_block is None else (prepared.room_block, target.grant.blocks[0])
         extents = plan_runs(layout, prepared.slots, there, room_slots)
-        entries = self._transports[target.transport].capabilities.scatter_entries
+        entries = transport.capabilities.scatter_entries
         writing.pending.extend(batches(extents, MAX_TICKET_NBYTES, entries))
         offer = connection.offers.get(target.transport)
         self._links.reach(target.conn, offer, target.transport, lambda ok, why: self._reached(writing, ok, why))
@@ -270,16 +275,16 @@ class Outgoing:
 
     def _pump(self, place: tuple[int, str]) -> None:
         """Submit batches on a link, rooms taking turns, as many as may be outstanding."""
-        lane, link = self._lanes.get(place), self._links.get(*place)
+        lane, link, transport = self._lanes.get(place), self._links.get(*place), self._transports.get(place[1])
         if lane is None:
             return
-        most = self._transports[place[1]].capabilities.max_outstanding
+        most = transport.capabilities.max_outstanding if transport else 0
         while lane.queue and link is not None and lane.outstanding < most:
             writing = lane.queue.popleft()
             if writing.pending and self._submit_batch(writing, link):
                 lane.outstanding += 1
                 lane.queue.append(writing)
-        if link is None:
+        if link is None or transport is None:
             for writing in lane.queue:
                 self._give_up(writing, "the link went down")
                 self._finish(writing)
@@ -307,15 +312,14 @@ class Outgoing:
             total = self._landed[writing.key] = self._landed.get(writing.key, 0) + grown
             self._feed(writing.key, Progress(writing.command.part, total))
 
-    def _ended(self, writing: _Writing, transport: str, end: TicketEnd) -> None:
+    def _ended(self, writing: _Writing, transport: str, end: Done | Failed) -> None:
         ticket = writing.tickets.pop(end.ticket)
         if isinstance(end, Failed):
             self._give_up(writing, end.reason)
-            writing.source_free = writing.source_free and end.source_free
+            self._note_doubts(writing, end)
         else:
             self._advance(writing, ticket, ticket.nbytes)
-        if isinstance(end, Failed) and not end.quiescent and self._peers.get(writing.target.conn) is not None:
-            writing.loose.add(end.ticket)
+        if end.ticket in writing.loose | writing.reading:
             self._loose.setdefault(writing.key, set()).add((transport, end.ticket))
         else:
             del self._by_ticket[transport, end.ticket]
@@ -324,11 +328,25 @@ class Outgoing:
         self._finish(writing)
         self._pump(place)
 
+    def _note_doubts(self, writing: _Writing, end: Failed) -> None:
+        """Whether the ticket may land, and whether it may read its source, although it has ended."""
+        if not end.quiescent and self._peers.get(writing.target.conn) is not None:
+            writing.loose.add(end.ticket)
+        if not end.source_free:
+            writing.reading.add(end.ticket)
+
     def _quiesced(self, writing: _Writing, transport: str, ticket: int) -> None:
-        del self._by_ticket[transport, ticket]
         writing.loose.discard(ticket)
+        writing.reading.discard(ticket)
+        self._settle(writing, transport, ticket)
+
+    def _settle(self, writing: _Writing, transport: str, ticket: int) -> None:
+        """Forget a ticket that ended before, if nothing is in doubt any more; the last one is told."""
+        if ticket in writing.loose | writing.reading:
+            return
+        del self._by_ticket[transport, ticket]
         self._loose[writing.key].discard((transport, ticket))
-        if writing.reported and not writing.loose:
+        if writing.reported and not (writing.loose or writing.reading):
             self._feed(writing.key, RankQuiesced(writing.target.rank, writing.command.part))
 
     def _give_up(self, writing: _Writing, why: str) -> None:
@@ -337,16 +355,7 @@ class Outgoing:
 
     def _finish(self, writing: _Writing) -> None:
         """Report the rank's writes if they have all ended."""
-        if writing.pending or writing.tickets or writing.ended:
-            return
-        writing.ended = True
-        if writing.failed and not writing.cancelled:
-            self._later(lambda: self._report(writing))
-        else:
-            self._report(writing)
-
-    def _report(self, writing: _Writing) -> None:
-        if writing.reported:
+        if writing.pending or writing.tickets or writing.reported:
             return
         writing.reported = True
         target, command = writing.target, writing.command
@@ -357,7 +366,7 @@ class Outgoing:
             transport=target.transport,
             ok=not writing.failed,
             quiescent=not writing.loose,
-            source_free=writing.source_free,
+            source_free=not writing.reading,
             detail=writing.failed,
             checksum=writing.checksum,
             attempt=command.attempt,

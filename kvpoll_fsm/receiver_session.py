@@ -122,7 +122,7 @@ class ReceiverSession(Session):
         """Whether this receiver's life of the room, heard through `conn`, and this one belong together."""
         return (conn, rank, generation) == (self.options.conn, self.room_key.rank, self.room_key.generation)
 
-    def beats(self, conn: int, host_alive: bool) -> Iterator[messages.Beat]:
+    def beats(self, conn: int, host_alive: bool, working: bool) -> Iterator[messages.Beat]:
         """What a heartbeat through `conn` says of this room."""
         yield messages.Beat(
             to_sender=True,
@@ -130,6 +130,7 @@ class ReceiverSession(Session):
             gate=self.told_gate.value,
             bytes_done=self.bytes_done,
             host_alive=host_alive,
+            working=working,
         )
 
     def clone(self) -> ReceiverSession:
@@ -459,7 +460,7 @@ class ReceiverSession(Session):
         self.bytes_done = max(self.bytes_done, event.bytes_done)
         self._sender_gate = event.gate
         if self.gate in (Gate.moving, Gate.waiting_outcome):
-            renew = grew
+            renew = grew or event.working
         elif self.gate is Gate.waiting_ranks:
             renew = event.gate is Gate.waiting_blocks and event.host_alive
         else:
@@ -476,8 +477,17 @@ class ReceiverSession(Session):
             Gate.moving: f"part {self.part} makes no progress",
             Gate.waiting_outcome: f"part {self.part} is acknowledged, its outcome has not come",
             Gate.waiting_resume: f"resume() was not called for part {self.part}",
+            Gate.closed: self._awaited_after_the_end(),
         }
         return reasons[self.gate]
+
+    def _awaited_after_the_end(self) -> str:
+        if self._loose:
+            return f"the sender's word, or the fence, that nothing lands any more in part {max(self._loose)}"
+        if self._job:
+            return f"part {self.part} is being copied or checked"
+        held = sorted(self._held)
+        return f"release() of parts {held}, or clear()" if held else "clear()"
 
     def _message(self, event: inputs.MessageReceived) -> None:
         message = event.message
@@ -521,6 +531,7 @@ class ReceiverSession(Session):
         inputs.Verified: _verified,
         inputs.CopiedOut: _copied,
         inputs.Fenced: _fenced,
+        inputs.Worked: Session._worked,
     }
     _message_handlers: ClassVar = {
         messages.Opened: _opened,

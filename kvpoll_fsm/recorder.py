@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.messages import Message
+from kvpoll_fsm.messages import Frame, Message, Packet
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.trace import EndpointRecord, MessageRecord, PartEntry, Record, StateRecord, encode_line
@@ -57,6 +57,13 @@ class Recorder:
         """A room message left ("out") or was delivered ("in")."""
         shown = cast("dict[str, Any]", message)  # encoded as a map like any other struct
         self._write(MessageRecord(time.monotonic(), self._endpoint, (peer or b"").hex(), way, shown))
+
+    def frame(self, way: str, packet: Packet) -> None:
+        """The messages of a packet left ("out") or arrived ("in")."""
+        if isinstance(packet, Frame):
+            peer = packet.target if way == "out" else packet.source
+            for message in packet.messages:
+                self.message(peer, way, message)
 
     def room(self, key: RoomKey, session: Session, peer: bytes | None) -> None:
         """Record what is new in a room: states entered, parts decided."""

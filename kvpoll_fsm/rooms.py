@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from kvpoll_fsm.errors import DuplicateRoom
+from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import RoomKey, Session
 
@@ -62,6 +64,14 @@ class Rooms:
         key = self._open.get(("sender", room, 0))
         session = self.sessions.get(key) if key else None
         return session if isinstance(session, SenderSession) else None
+
+    def open_receivers(self, room: int, ranks: int) -> Iterator[ReceiverSession]:
+        """The receivers of a room that are open and live here."""
+        for rank in range(ranks):
+            key = self._open.get(("receiver", room, rank))
+            session = self.sessions.get(key) if key else None
+            if isinstance(session, ReceiverSession) and not session.state.is_terminal:
+                yield session
 
     def to_receiver(self, message: Any) -> RoomKey | None:
         """The receiver's life that a message or beat of its sender is for, or None if it is not here."""

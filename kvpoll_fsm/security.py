@@ -8,11 +8,13 @@ keys, in both directions, and everything said is encrypted. The data plane's sec
 from __future__ import annotations
 
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 import zmq.auth
+import zmq.utils.z85
 
 from kvpoll_fsm.errors import InvalidInput
 
@@ -49,7 +51,7 @@ class Keys:
             exposed = path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
             public, secret = zmq.auth.load_certificate(path)
             trusted = zmq.auth.load_certificates(Path(authorized_dir))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:  # IndexError: a line without a value
             raise InvalidInput(f"keys: {error}; make key files with `kvpoll keygen`") from error
         if exposed:
             raise InvalidInput(f"keys: {path} is open to other users: chmod 600 {path}")
@@ -57,6 +59,8 @@ class Keys:
             raise InvalidInput(f"keys: {path} holds no secret key: give the .key_secret file")
         if not trusted:
             raise InvalidInput(f"keys: {authorized_dir} holds no .key file, so no peer could connect")
+        if not all(map(_is_key, (public, secret, *trusted))) or zmq.curve_public(secret) != public:
+            raise InvalidInput(f"keys: {path} or a file in {authorized_dir} was changed: a key in it is none")
         return cls(public, secret, frozenset(trusted))
 
     def protect_listener(self, router: zmq.Socket[bytes]) -> None:
@@ -76,6 +80,14 @@ class Keys:
         return public in self.authorized
 
 
+def _is_key(text: bytes) -> bool:
+    """Whether ZeroMQ takes this for a key: 32 bytes in Z85."""
+    try:
+        return len(text) == 40 and len(zmq.utils.z85.decode(text)) == 32
+    except (ValueError, KeyError, struct.error):  # another character, or five that are too large a number
+        return False
+
+
 def generate_keys(directory: str | Path, name: str) -> tuple[Path, Path]:
     """Make a key pair: DIRECTORY/NAME.key for peers, DIRECTORY/NAME.key_secret (mode 0600) for the endpoint.
 
@@ -85,9 +97,9 @@ def generate_keys(directory: str | Path, name: str) -> tuple[Path, Path]:
     folder = Path(directory)
     if not name or not all(c.isalnum() or c in "-_." for c in name):
         raise InvalidInput(f"name={name!r}: use letters, digits, '-', '_' and '.'")
-    if (folder / f"{name}.key").exists() or (folder / f"{name}.key_secret").exists():
-        raise InvalidInput(f"{folder / name}.key exists already: delete it, or choose another name")
     try:
+        if (folder / f"{name}.key").exists() or (folder / f"{name}.key_secret").exists():
+            raise InvalidInput(f"{folder / name}.key exists already: delete it, or choose another name")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         public, secret = zmq.auth.create_certificates(folder, name)
         Path(secret).chmod(0o600)

@@ -64,6 +64,7 @@ class SenderSession(Session):
         self.part = 0
         self._tokens = 0
         self._phase = "idle"
+        self._turned_away = ""
         self._blocks: tuple[int, ...] = ()
 
     # What the session is asked
@@ -105,7 +106,7 @@ class SenderSession(Session):
         slot = self.slots.get(rank)
         return slot is not None and (slot.conn, slot.generation) == (conn, generation)
 
-    def beats(self, conn: int, host_alive: bool) -> Iterator[messages.Beat]:
+    def beats(self, conn: int, host_alive: bool, working: bool) -> Iterator[messages.Beat]:
         """What a heartbeat through `conn` says of this room, to each rank there."""
         gate = self.told_gate.value
         for rank, slot in self.slots.items():
@@ -116,6 +117,7 @@ class SenderSession(Session):
                     gate=gate,
                     bytes_done=self.bytes_done,
                     host_alive=host_alive,
+                    working=working,
                 )
 
     def admits(self, conn: int, reserve: messages.Reserve) -> bool:
@@ -130,6 +132,7 @@ class SenderSession(Session):
         copy = SenderSession(self.room_key, self.deadlines, self.options)
         self._copy_base(copy)
         copy.required, copy.ready_tokens, copy.staged = self.required, self.ready_tokens, self.staged
+        copy._turned_away = self._turned_away
         copy.slots = {rank: replace(slot) for rank, slot in self.slots.items()}
         copy.ledger = self.ledger.clone()
         copy.part, copy._tokens, copy._phase, copy._blocks = self.part, self._tokens, self._phase, self._blocks
@@ -158,11 +161,12 @@ class SenderSession(Session):
 
     def _reserve(self, conn: int, message: messages.Reserve) -> None:
         problem = self._problem_of(conn, message)
-        if problem:
-            if not self.binds(conn, message.rank, message.receiver_generation):
-                self._turn_away(conn, message, problem)
+        bound = self.binds(conn, message.rank, message.receiver_generation)
+        if problem and bound:
             return self._violation(message.rank, problem)
-        if not self.binds(conn, message.rank, message.receiver_generation):
+        if problem:
+            return self._turn_away(conn, message, problem)
+        if not bound:
             self._replaced(message.rank)
             self.slots[message.rank] = RankSlot(conn, message.receiver_generation, message.dummy)
         if message.grant is not None:
@@ -171,17 +175,18 @@ class SenderSession(Session):
 
     def _problem_of(self, conn: int, message: messages.Reserve) -> str:
         """What is wrong with a reservation, or nothing. The first one may tell how many ranks there are."""
-        if self.required is None:
+        if self.required is None and message.rank < message.ranks:
             self.required = message.ranks
         if message.ranks != self.required or message.rank >= self.required:
-            return f"rank {message.rank} of {message.ranks} where {self.required} ranks are required"
+            return f"rank {message.rank} of {message.ranks} where {self.required or message.ranks} ranks are required"
         bound = self.binds(conn, message.rank, message.receiver_generation)
         if bound and (self.state is not KVPoll.Bootstrapping or message.dummy is not self.slots[message.rank].dummy):
             return f"rank {message.rank} reserved again in {self.state}"
         return ""
 
     def _turn_away(self, conn: int, message: messages.Reserve, problem: str) -> None:
-        """Tell a receiver that has no place in the room, and so would not hear of its end."""
+        """Tell a receiver that has no place in the room; it may be a stale one, so those that have wait on."""
+        self._turned_away = f"; turned away: {problem}"
         ids = {"room": message.room, "rank": message.rank, "sender_generation": self.room_key.generation}
         failure = self._cause(FailureCode.ProtocolError, problem, message.rank)
         generation = message.receiver_generation
@@ -484,6 +489,8 @@ class SenderSession(Session):
         slot = self.slots.get(event.rank)
         if slot is None:
             return
+        if event.working:
+            self._worked(inputs.Worked())
         slot.waits_for_blocks = event.gate is Gate.waiting_blocks and event.host_alive
         if slot.waits_for_blocks and self.gate in (Gate.waiting_ranks, Gate.waiting_resume):
             self._regate(renew=True)
@@ -502,15 +509,21 @@ class SenderSession(Session):
         missing = [r for r in range(self.required or 0) if r not in self.slots]
         late = [r for r, s in self.slots.items() if not s.dummy and not (s.grant and s.reachable)]
         unacked = [r for r, s in self.slots.items() if not s.dummy and not s.poll]
+        ranks = f"ranks not here: {missing or 'unknown'}; without a usable grant: {late}"
         reasons = {
-            Gate.waiting_ranks: f"ranks not here: {missing or 'unknown'}; without a usable grant: {late}",
+            Gate.waiting_ranks: ranks + self._turned_away,
             Gate.waiting_blocks: "no free source blocks in this endpoint's pool",
             Gate.queued: f"the host has {self.ready_tokens} tokens ready of {self.ledger.total_tokens}",
             Gate.moving: f"no bytes landed; part {self.part} to ranks {unacked}",
             Gate.waiting_outcome: f"no answer for part {self.part} from ranks {unacked}",
             Gate.waiting_resume: f"no grant for part {self.part} from ranks {late}",
+            Gate.closed: self._awaited_after_the_end(),
         }
         return reasons[self.gate]
+
+    def _awaited_after_the_end(self) -> str:
+        busy = [rank for rank, slot in self.slots.items() if slot.in_flight or slot.reading]
+        return f"writes to ranks {busy} have not ended" if busy else "clear()"
 
     def _message(self, event: inputs.MessageReceived) -> None:
         message = event.message
@@ -548,6 +561,7 @@ class SenderSession(Session):
         inputs.Progress: _progress,
         inputs.PartWritten: _written,
         inputs.RankQuiesced: _rank_quiesced,
+        inputs.Worked: Session._worked,
     }
     _message_handlers: ClassVar = {
         messages.Reserve: _reserve,

@@ -14,7 +14,7 @@ from kvpoll_fsm.commands import CancelTimer, Command, Send, SetTimer
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.events import Aborted, DeadlinePassed, LifecycleEvent, PeerLost, ProtocolError
-from kvpoll_fsm.inputs import AbortRoom, ClearRoom, Crashed, Input, TimerFired
+from kvpoll_fsm.inputs import AbortRoom, ClearRoom, Crashed, Input, TimerFired, Worked
 from kvpoll_fsm.lifecycle import Lifecycle
 from kvpoll_fsm.messages import Beat, Message
 from kvpoll_fsm.poll import KVPoll
@@ -118,7 +118,7 @@ class Session:
         """Whether this receiver's life of the room, heard through `conn`, and this one belong together."""
         raise NotImplementedError
 
-    def beats(self, conn: int, host_alive: bool) -> Iterator[Beat]:
+    def beats(self, conn: int, host_alive: bool, working: bool) -> Iterator[Beat]:
         """What a heartbeat through `conn` says of this room."""
         raise NotImplementedError
 
@@ -231,6 +231,11 @@ class Session:
         if renew or mark != self._gate_mark:
             self._gate_mark = mark
             self._arm(GATE_TIMER, self.deadlines.of(self.state, gate))
+
+    def _worked(self, event: Worked) -> None:
+        """A part is staged, checked or copied, or waits for its turn behind others: that is no standstill."""
+        if self.gate in (Gate.moving, Gate.waiting_outcome):
+            self._regate(renew=True)
 
     def _timer_fired(self, event: TimerFired) -> None:
         if self._armed.get(event.name) != event.epoch:

@@ -12,7 +12,7 @@ A transport may run threads or processes of its own; what they find out is hande
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ __all__ = [
     "MAX_TICKET_NBYTES",
     "Capabilities",
     "Completion",
+    "CountsRefusals",
     "Done",
     "Failed",
     "FenceKind",
@@ -90,10 +91,15 @@ class Region:
     Attributes:
         number: The region's index in its endpoint, 0 upwards; one per layout field.
         buffer: Writable contiguous bytes, format "B". Stays alive until the transport is closed.
+        fd: A file (memfd) that is this memory, if it is shared memory: what another process of this host reads or
+            writes there, it reads or writes here. Open until the transport is closed, and the pool's to close.
+        fd_offset: Where in that file the region begins.
     """
 
     number: int
     buffer: memoryview
+    fd: int | None = None
+    fd_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,8 @@ class Failed:
     Attributes:
         reason: A sentence for people.
         quiescent: No byte of it can land any more. Otherwise `Quiesced` follows, or the receiver fences.
-        source_free: The source is not read any more.
+        source_free: The source is not read any more. False only where `quiescent` is False; then `Quiesced` follows
+            whatever becomes of the peer, or the transport is closed: the source is not given back before.
     """
 
     ticket: int
@@ -266,7 +273,10 @@ class Transport(Protocol):
         ...
 
     def completions(self) -> list[Completion]:
-        """What has happened since the last call, in order."""
+        """What has happened since the last call, in order.
+
+        A transport that raises here, or in `revoke` or `fence`, is closed and not used any more.
+        """
         ...
 
     def fileno(self) -> int | None:
@@ -274,5 +284,17 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """End all links, threads and ports. Tickets in flight end Failed. May be called twice."""
+        """End all links, threads and ports. Tickets in flight end Failed. May be called twice.
+
+        Once it has returned, no byte lands in a registered region and no source is read, whatever was under way.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsRefusals(Protocol):
+    """A transport that counts whom and what it turned away; `Endpoint.refused` shows it."""
+
+    def refused(self) -> Mapping[str, int]:
+        """How many, by reason."""
         ...

@@ -38,6 +38,8 @@ __all__ = [
 
 MAX_LINE_NBYTES = 1 << 20
 Text = Annotated[str, Meta(max_length=4096)]
+Word = Annotated[str, Meta(max_length=256, pattern=r"\A[ -~]*\Z")]
+"""Text that `check` repeats: nothing in it moves a terminal's cursor."""
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -45,7 +47,7 @@ class EndpointRecord(msgspec.Struct, frozen=True, tag_field="kind", tag="endpoin
     """Who writes this trace: incarnation in hex, process, and when (seconds, monotonic of that machine)."""
 
     at_s: float
-    endpoint: Text
+    endpoint: Word
     pid: int
 
 
@@ -61,8 +63,8 @@ class _RoomRecord(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
     """
 
     at_s: float
-    endpoint: Text
-    side: Text
+    endpoint: Word
+    side: Word
     room: Number
     rank: Number
     generation: Number
@@ -73,7 +75,7 @@ class _RoomRecord(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
 class StateRecord(_RoomRecord, frozen=True, tag="state"):
     """A room has entered `state`; `gate` is what it waits for there."""
 
-    state: Text
+    state: Word
     gate: Text = ""
     cause: Text = ""
 

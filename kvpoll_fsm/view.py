@@ -30,6 +30,7 @@ class RoomView:
         history: The states gone through.
         parts: The parts that have an outcome.
         gate: What the room waits for.
+        gate_since_s: Monotonic time since which it has waited there, for this part.
         bytes_done: Bytes that have landed.
         quiescent: No write can land or read its source any more.
         data: A receiver's arrays, once Success.
@@ -49,13 +50,15 @@ class RoomView:
         self.bytes_done = 0
         self.quiescent = False
         self.data: dict[str, Any] | None = None
-        self.opened_s = time.monotonic()
+        self.opened_s = self.gate_since_s = time.monotonic()
         self.changed = threading.Condition()
         self._callbacks: list[Callable[[], None]] = []
 
     def update(self, session: Session) -> None:
         """Show what the session says. Driver's thread."""
         self.failure = session.failure
+        if session.gate is not self.gate or len(self.parts) != len(session.parts):
+            self.gate_since_s = time.monotonic()
         if len(self.parts) != len(session.parts):
             self.parts = tuple(session.parts)
         if len(self.history) != len(session.history):

@@ -6,14 +6,22 @@ still be drained then, in an exit handler.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "own_clock"]
 
+log = logging.getLogger("kvpoll_fsm")
 Work = Callable[[], object]
 Then = Callable[[object], None]
+
+
+def own_clock() -> int:
+    """The number of the clock that counts this thread's processor time."""
+    return time.pthread_getcpuclockid(threading.get_ident())
 
 
 class Workers:
@@ -24,6 +32,7 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self._orders: queue.SimpleQueue[tuple[Work, Then] | None] = queue.SimpleQueue()
+        self._clocks: list[int] = []
         self._threads = [
             threading.Thread(target=self._run, name=f"kvpoll-worker-{number}", daemon=True) for number in range(threads)
         ]
@@ -48,6 +57,10 @@ class Workers:
         """Do `work`, and call `then` in that thread with what it returned or raised."""
         self._orders.put((work, then))
 
+    def used_s(self) -> dict[int, float]:
+        """Processor time of each thread, by the number of its clock. Not after `close`."""
+        return {clock: time.clock_gettime(clock) for clock in list(self._clocks)}
+
     def close(self) -> None:
         """Finish what was given, and end the threads."""
         for _ in self._threads:
@@ -56,11 +69,15 @@ class Workers:
             thread.join()
 
     def _run(self) -> None:
+        self._clocks.append(own_clock())
         while (order := self._orders.get()) is not None:
             work, then = order
             try:
                 result = work()
             except BaseException as error:  # handed to whoever wanted the result
                 result = error
-            then(result)
+            try:
+                then(result)
+            except Exception:  # the next ones must be served
+                log.exception("a worker's result was not taken")
             del order, work, then, result  # an idle thread must not keep a room's arrays alive

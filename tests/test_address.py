@@ -73,7 +73,7 @@ def test_what_is_no_text_is_no_address(value: object) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "*", "[::0]", "[::%eth0]"])
-def test_nobody_reaches_a_wildcard(host: str) -> None:
+def test_pain_22_nobody_reaches_a_wildcard(host: str) -> None:
     address = Address.parse(f"tcp://{host}:80")
     assert address.is_wildcard
     with pytest.raises(AddressError, match=r"wildcard.*advertise="):

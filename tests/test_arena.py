@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.errors import InvalidInput, LayoutError
+from kvpoll_fsm.errors import BlockError, InvalidInput, LayoutError
 from kvpoll_fsm.layout import ITEMSIZE, Field, Layout
 
 LAYOUT = Layout(
@@ -152,7 +152,7 @@ def test_adopt_refuses_missing_fields_and_other_things() -> None:
         BlockPool.adopt(LAYOUT, other)
 
 
-def test_adopt_refuses_fields_that_overlap() -> None:
+def test_pain_20_adopt_refuses_fields_that_overlap() -> None:
     layout = Layout(4, [Field("k", "uint8"), Field("v", "uint8")])
     memory = np.zeros(40, np.uint8)
     with pytest.raises(LayoutError, match="field 'k': shares memory with field 'v'"):
@@ -181,3 +181,12 @@ def test_close_gives_memory_back() -> None:
     pool.close()
     gc.collect()
     assert held - _resident_nbytes() > 50 << 20
+
+
+def test_one_endpoint_at_a_time() -> None:
+    pool = BlockPool(LAYOUT, 2)
+    pool.claim()
+    with pytest.raises(BlockError, match="another endpoint"):
+        pool.claim()
+    pool.unclaim()
+    pool.claim()

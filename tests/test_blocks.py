@@ -76,7 +76,7 @@ def test_quarantined_blocks_are_given_to_nobody(pool: BlockAccounts) -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 0, 9, 1 << 40])
-def test_what_can_never_be_had_is_refused_at_once(pool: BlockAccounts, count: int) -> None:
+def test_pain_17_what_can_never_be_had_is_refused_at_once(pool: BlockAccounts, count: int) -> None:
     asks: list[Callable[[], object]] = [
         lambda: pool.take(lease(1), count),
         lambda: pool.wait(lease(1), count),

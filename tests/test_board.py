@@ -146,7 +146,7 @@ def test_a_failed_room_always_has_a_cause(event: LifecycleEvent, code: FailureCo
     assert type(event).__name__ in failure.detail
 
 
-def test_the_first_failure_wins() -> None:
+def test_pain_25_the_first_failure_wins() -> None:
     board, generation = board_in(KVPoll.Transferring)
     board.advance(ROOM, PeerLost(), failure=cause("first"))
     board.advance(ROOM, Aborted(), failure=cause("second"))
@@ -206,7 +206,7 @@ def test_a_part_of_an_earlier_life_is_counted_and_changes_nothing() -> None:
     assert board.late_events == 1
 
 
-def test_a_late_event_does_not_bring_a_cleared_room_back() -> None:
+def test_pain_05_a_late_event_does_not_bring_a_cleared_room_back() -> None:
     board, generation = board_in(KVPoll.Transferring)
     board.clear(ROOM)
     with pytest.raises(UnknownRoom):

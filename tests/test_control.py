@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from kvpoll_fsm import Address, AddressError, Endpoint, FailureCode, UnsupportedVersion
-from kvpoll_fsm.connection import introduction
+from kvpoll_fsm.connection import Origin, introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.messages import (
     MAX_PACKET_NBYTES,
@@ -69,8 +69,8 @@ def attacker(victim: Endpoint) -> Iterator[Socket]:
         yield dealer
 
 
-def next_packet(control: Control) -> tuple[int | None, bytes, Packet | UnsupportedVersion]:
-    found: list[tuple[int | None, bytes, Packet | UnsupportedVersion]] = []
+def next_packet(control: Control) -> tuple[Origin, bytes, Packet | UnsupportedVersion]:
+    found: list[tuple[Origin, bytes, Packet | UnsupportedVersion]] = []
 
     def arrived() -> bool:
         control.wait(0.01)
@@ -100,16 +100,16 @@ def test_there_and_back(listen: str) -> None:
         caller.connect(1, address)
         caller.connect(1, address)  # it is open already
         assert caller.send(1, HELLO)
-        conn, identity, packet = next_packet(server)
-        assert (conn, packet) == (None, HELLO)
+        origin, identity, packet = next_packet(server)
+        assert (origin, packet) == (Origin(host=Address.parse(listen).host), HELLO)
         welcome = Welcome(answers=ME, **introduction(b"s" * 16, LAYOUT, ()))
         server.route(8, identity)
         assert server.send(8, welcome)
-        assert next_packet(caller) == (1, b"", welcome)
+        assert next_packet(caller) == (Origin(1), b"", welcome)
         server.hang_up(8)
         assert not server.send(8, welcome)
         assert server.reply(identity, welcome)
-        assert next_packet(caller) == (1, b"", welcome)
+        assert next_packet(caller) == (Origin(1), b"", welcome)
         caller.hang_up(1)
         assert not caller.send(1, HELLO)
         caller.hang_up(1)

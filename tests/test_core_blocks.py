@@ -77,7 +77,7 @@ def crossed(one: World, resume: str = "drain", tokens: int = 2000) -> tuple[Tran
 
 
 @pytest.mark.parametrize("resume", ["drain", "extend"])
-def test_pools_given_to_each_others_room_are_withdrawn(resume: str) -> None:
+def test_pain_17_pools_given_to_each_others_room_are_withdrawn(resume: str) -> None:
     one = world(2)
     first, second = crossed(one, resume)
     one.run()

@@ -29,7 +29,7 @@ SECONDS = {
 """Written out by hand, so that a change of the table or of a default shows."""
 
 
-def test_every_live_state_waits_somewhere_and_nothing_waits_without_an_end() -> None:
+def test_pain_08_every_live_state_waits_somewhere_and_nothing_waits_without_an_end() -> None:
     assert GATES_OF.keys() == {state for state in KVPoll if not state.is_terminal}
     assert GATES.keys() == {(state, gate) for state, gates in GATES_OF.items() for gate in gates}
     assert {gate for _, gate in GATES} == set(Gate) - {Gate.closed}

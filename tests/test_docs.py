@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import kvpoll_fsm
-from kvpoll_fsm import Deadlines, FailureCode, KVPoll, errors, tables
+from kvpoll_fsm import Deadlines, FailureCode, KVPoll, Limits, errors, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -231,11 +231,17 @@ def test_there_are_28_pains_in_order() -> None:
     assert re.findall(r"^\| (\d+) \|", PAINS.read_text(), re.MULTILINE) == [str(n) for n in range(1, 29)]
 
 
-def test_no_pain_is_planned_that_a_test_claims_to_show() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    claimed = {number for line in re.findall(r"\bPains? ([\d, and]+)", tests) for number in re.findall(r"\d+", line)}
-    planned = set(re.findall(r"^\| (\d+) \|.*\| planned \|$", PAINS.read_text(), re.MULTILINE))
-    assert not claimed & planned, "name the test in docs/users-pains.md"
+def test_every_pain_has_tests_of_its_name_and_its_row_names_them_all() -> None:
+    """`test_pain_NN_...` shows row NN, and is named there and in no other row."""
+    found: dict[int, set[str]] = {number: set() for number in range(1, 29)}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name, number in re.findall(r"^ *def (test_pain_(\d\d)_\w+)", path.read_text(), re.MULTILINE):
+            found[int(number)].add(f"{path.relative_to(ROOT)}::{name}")
+    rows = dict(re.findall(r"^\| (\d+) \|.*\|(.*)\|$", PAINS.read_text(), re.MULTILINE))
+    for number, tests in found.items():
+        assert tests, f"no test is named test_pain_{number:02}_..."
+        named = {f"{file}::{name}" for file, name in TEST.findall(rows[str(number)]) if name.startswith("test_pain_")}
+        assert named == tests, f"row {number} of docs/users-pains.md"
 
 
 def test_every_public_name_is_documented() -> None:
@@ -295,6 +301,13 @@ def test_openings_are_documented_with_their_defaults(opening: str) -> None:
 def test_deadlines_are_documented_with_their_defaults() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", section("Deadlines"), re.MULTILINE)
     assert {name: float(value) for name, value in rows} == dataclasses.asdict(Deadlines())
+
+
+def test_limits_are_documented_with_their_defaults() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    table = re.split(r"^\| `Limits` \|.*$", page, maxsplit=1, flags=re.MULTILINE)[1].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", table, re.MULTILINE)
+    assert {name: float(value) for name, value in rows} == dataclasses.asdict(Limits())
 
 
 def test_settings_of_tcp_are_documented() -> None:

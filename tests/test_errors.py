@@ -31,6 +31,7 @@ FIELDS: dict[type[KvpollError], dict[str, Any]] = {
     errors.TransportUnavailable: {"name": "mooncake", "problem": "not installed", "hint": "pip install it"},
     errors.MalformedMessage: {"problem": "not a packet"},
     errors.UnsupportedVersion: {"ours": (1, 2), "theirs": (3, 4)},
+    errors.LimitReached: {"name": "callees", "limit": 9},
     errors.ChannelOverflow: {"limit": 8},
     errors.TransferFailed: {"room": 42, "failure": FAILURE},
     errors.EndpointClosed: {"cause": "the driver ended"},
@@ -118,12 +119,13 @@ RETRYABLE = {
     FailureCode.TransportFailed,
     FailureCode.ChecksumMismatch,
     FailureCode.PoolExhausted,
+    FailureCode.LimitReached,
 }
 
 
 def test_codes_travel_and_never_change() -> None:
     others = ["Aborted", "ProtocolError", "TransportUnavailable", "LayoutMismatch", "UnsupportedVersion"]
-    others += ["RequestTooLarge", "InternalError"]
+    others += ["RequestTooLarge", "InternalError", "Unknown"]
     assert {code.value for code in FailureCode} == {code.value for code in RETRYABLE} | set(others)
 
 

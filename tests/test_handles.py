@@ -85,7 +85,7 @@ def test_the_documented_example_runs() -> None:
     ("tokens", "parts"),
     [(1, [1]), (63, [63]), (64, [64]), (65, [64, 1]), (128, [64, 64]), (300, [64, 64, 64, 64, 44])],
 )
-def test_any_size_arrives_in_parts(transport: str, tokens: int, parts: list[int]) -> None:
+def test_pain_15_any_size_arrives_in_parts(transport: str, tokens: int, parts: list[int]) -> None:
     data = make_data(tokens)
     with pair(transport) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 42)
@@ -480,7 +480,7 @@ def test_a_chunk_is_sent_before_the_next_is_there(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 24), (64, 7), (5, 32)])
-def test_block_sizes_may_differ(transport: str, sizes: tuple[int, int]) -> None:
+def test_pain_19_block_sizes_may_differ(transport: str, sizes: tuple[int, int]) -> None:
     fields, data = list(LAYOUT.fields), make_data(101)
     tx_pool, rx_pool = BlockPool(Layout(sizes[0], fields), 40), BlockPool(Layout(sizes[1], fields), 40)
     with pair(transport, tx={"pool": tx_pool}, rx={"pool": rx_pool}) as (tx, rx):
@@ -612,7 +612,7 @@ def test_makes_room_by_itself(transport: str, resume: str, blocks: int) -> None:
 
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 @pytest.mark.parametrize("state", ["alone", "bootstrapping", "waiting", "moving", "transferring"])
-def test_an_abort_in_any_state_is_told_to_the_peer(side: str, state: str) -> None:
+def test_pain_02_an_abort_in_any_state_is_told_to_the_peer(side: str, state: str) -> None:
     faults = Faults()
     faults.hold(0 if state == "moving" else 1)
     ranks = 2 if state == "bootstrapping" else 1

@@ -53,8 +53,10 @@ class Bench:
         self.transports = transports
         self.fed: list[tuple[RoomKey, Input]] = []
         by_name = {each.name: cast("Transport", each) for each in transports}
+        self.given_up: list[str] = []
+        self.closes = True
         self.incoming = Incoming(
-            self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), "numpy"
+            self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), self._give_up, "numpy"
         )
 
     def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
@@ -63,6 +65,11 @@ class Bench:
         except Exception as error:
             result = error
         then(result)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        self.given_up.append(name)
+        if self.closes:
+            self.incoming.lost(name)
 
     def expose(self, part: int = 0, blocks: tuple[int, ...] = (4, 1)) -> None:
         self.incoming.expose(KEY, Expose(part, blocks))
@@ -123,14 +130,16 @@ def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:
     assert bench.incoming._tokens == {}
 
 
-def test_a_token_that_cannot_be_revoked_keeps_no_other(bench: Bench) -> None:
-    def explode(token: bytes) -> None:
-        raise RuntimeError("native crash")
+def explode(token: bytes) -> int:
+    raise RuntimeError("native crash")
 
+
+def test_a_token_that_cannot_be_revoked_is_not_left_to_a_transport_that_works(bench: Bench) -> None:
     bench.expose()
-    bench.transports[0].revoke = explode  # type: ignore[method-assign]
+    bench.transports[0].revoke = explode  # type: ignore[assignment, method-assign]
     bench.incoming.release(KEY, 0)
     assert bench.transports[1].revoked == [b"b1"]
+    assert bench.given_up == ["a"]
     assert bench.incoming._tokens == {}
 
 
@@ -156,6 +165,60 @@ def test_a_fence_that_would_hurt_others_only_by_force() -> None:
     assert [each.fenced for each in bench.transports] == [[], []]
     bench.incoming.fence(KEY, Fence(0, force=True))
     assert [each.fenced for each in bench.transports] == [[b"a1"], [b"b1"]]
+
+
+def test_a_fence_that_is_asked_twice_is_answered_once(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    bench.incoming.fenced("a", 10)
+    bench.incoming.fence(KEY, Fence(0, force=True))
+    bench.incoming.fenced("b", 10)  # of the first; the second is what counts
+    assert not isinstance(bench.last, Fenced)
+    bench.incoming.fenced("a", 11)
+    bench.incoming.fenced("b", 11)
+    assert [event for _, event in bench.fed if isinstance(event, Fenced)] == [Fenced(0)]
+    assert bench.incoming.idle
+
+
+@pytest.mark.parametrize("broken", ["ab", "a", "b"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_transport_that_cannot_fence_is_closed_which_fences(bench: Bench, broken: str, earlier: bool) -> None:
+    bench.expose()
+    if earlier:  # and what it was to fence before has ended too
+        bench.incoming.fence(KEY, Fence(0, force=False))
+    for each in bench.transports:
+        if each.name in broken:
+            each.fence = explode  # type: ignore[method-assign]
+    bench.incoming.fence(KEY, Fence(0, force=True))
+    assert bench.given_up == list(broken)
+    for each in bench.transports:
+        if each.name not in broken:
+            assert not isinstance(bench.last, Fenced)
+            bench.incoming.fenced(each.name, 10 + earlier)
+    assert [event for _, event in bench.fed if isinstance(event, Fenced)] == [Fenced(0)]
+    assert bench.incoming.idle
+
+
+def test_what_cannot_even_be_closed_is_not_called_fenced(bench: Bench) -> None:
+    bench.expose()
+    bench.closes = False
+    bench.transports[0].fence = bench.transports[1].fence = explode  # type: ignore[method-assign]
+    bench.incoming.fence(KEY, Fence(0, force=True))
+    assert not any(isinstance(event, Fenced) for _, event in bench.fed)
+
+
+def test_closing_a_transport_ends_the_fences_it_was_asked_for(bench: Bench) -> None:
+    bench.expose(part=0)
+    bench.expose(part=1)
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    bench.incoming.lost("a")
+    assert not isinstance(bench.last, Fenced)
+    bench.incoming.fenced("b", 10)
+    assert bench.last == Fenced(0)
+    bench.incoming.fence(KEY, Fence(1, force=False))
+    assert bench.transports[0].fenced == [b"a1"]  # it has no token any more
+    bench.incoming.fenced("b", 11)
+    assert bench.last == Fenced(1)
 
 
 def test_what_was_not_exposed_is_fenced(bench: Bench) -> None:
@@ -193,6 +256,28 @@ def test_what_does_not_agree_is_not_copied(bench: Bench) -> None:
     bench.incoming.copy_out(KEY, CopyOut((held,), 8, bytes(16)))
     assert bench.last.failure[0] is FailureCode.ChecksumMismatch
     assert bench.incoming.take_arrays(KEY) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no worker"), SystemExit()])
+def test_work_that_no_worker_takes_is_answered(bench: Bench, error: BaseException) -> None:
+    """As is what a worker that is shot leaves behind."""
+
+    def submit(key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
+        if isinstance(error, SystemExit):
+            return then(error)
+        raise error
+
+    bench.incoming._submit = submit
+    held = HeldPart(0, 0, 8, (5, 2))
+    bench.incoming.verify(KEY, Verify(held, bytes(16)))
+    assert isinstance(bench.last, Verified)
+    bench.incoming.copy_out(KEY, CopyOut((held,), 8, None))
+    assert isinstance(bench.last, CopiedOut)
+    for _, event in bench.fed:
+        assert isinstance(event, (Verified, CopiedOut))
+        assert event.failure is not None
+        assert event.failure[0] is FailureCode.InternalError
+    assert len(bench.fed) == 2
 
 
 def test_a_total_beyond_all_memory_is_a_failure_of_the_room(bench: Bench) -> None:

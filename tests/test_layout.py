@@ -195,7 +195,7 @@ def _reference(
 
 
 @given(st.data())
-def test_plan_part_equals_copying_token_by_token(data: st.DataObject) -> None:
+def test_pain_19_plan_part_equals_copying_token_by_token(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 40))
     src_size, src_blocks = data.draw(block_lists(tokens))
     dst_size, dst_blocks = data.draw(block_lists(tokens))

@@ -50,7 +50,7 @@ def compositions(total: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("total", range(1, 11))
-def test_every_split_ends_with_exactly_one_last_part(total: int) -> None:
+def test_pain_15_every_split_ends_with_exactly_one_last_part(total: int) -> None:
     for split in compositions(total):
         ledger = Ledger(0, total)
         flags = [ledger.commit(ledger.covered_tokens, tokens) for tokens in split]

@@ -141,7 +141,7 @@ def test_what_is_illegal() -> None:
 
 
 @pytest.mark.parametrize("state", [KVPoll.Success, KVPoll.Failed])
-def test_terminal_states_absorb_and_count(state: KVPoll) -> None:
+def test_pain_04_terminal_states_absorb_and_count(state: KVPoll) -> None:
     room = Lifecycle(state)
     for count, event in enumerate(EVENTS, 1):
         assert room.apply(event) is state
@@ -159,7 +159,7 @@ def test_what_is_no_event_is_illegal_everywhere(state: KVPoll, event: Any) -> No
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("is_last", [False, True])
-def test_outcome_for_every_combination_of_ranks(is_last: bool, ranks: int) -> None:
+def test_pain_06_outcome_for_every_combination_of_ranks(is_last: bool, ranks: int) -> None:
     for polls in itertools.product([False, True], repeat=ranks):
         arrived = KVPoll.Success if is_last else KVPoll.Transferring
         expected = arrived if all(polls) else KVPoll.Failed

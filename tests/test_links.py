@@ -102,10 +102,12 @@ def test_a_link_that_went_down_is_made_anew(bench: Bench) -> None:
     assert len(bench.answers) == 1
 
 
-@pytest.mark.parametrize(("offer", "name"), [(None, "fake"), (OFFER, "other")])
-def test_what_is_not_offered_is_not_reached(bench: Bench, offer: TransportOffer | None, name: str) -> None:
+@pytest.mark.parametrize(
+    ("offer", "name", "why"), [(None, "fake", "the peer does not offer it"), (OFFER, "other", "it is not in use here")]
+)
+def test_what_is_not_offered_is_not_reached(bench: Bench, offer: TransportOffer | None, name: str, why: str) -> None:
     bench.reach(offer=offer, name=name)
-    assert bench.answers == [(0, False, "the peer does not offer it")]
+    assert bench.answers == [(0, False, why)]
     assert bench.transport.links == []
 
 
@@ -130,6 +132,28 @@ def test_hanging_up_closes_the_links_and_answers_who_waits(bench: Bench) -> None
     bench.links.completed("fake", LinkUp(0))  # too late, and harmless
     assert bench.links.get(1, "fake") is None
     assert bench.links.get(2, "fake") is not None
+
+
+def test_the_links_of_a_transport_that_was_closed_are_gone(bench: Bench) -> None:
+    bench.reach(conn=1)
+    bench.reach(conn=2)
+    bench.links.completed("fake", LinkUp(1))
+    bench.links.lost("other", "given up")
+    bench.links.lost("fake", "given up")
+    assert bench.answers == [(1, True, ""), (0, False, "given up")]
+    assert bench.links.idle
+    assert bench.links.get(2, "fake") is None
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_an_answer_that_is_not_taken_keeps_no_other(bench: Bench, ok: bool) -> None:
+    def refuse(ok: bool, why: str) -> None:
+        raise RuntimeError("nobody is here")
+
+    bench.links.reach(1, OFFER, "fake", refuse)
+    bench.reach(conn=1)
+    bench.links.completed("fake", LinkUp(0) if ok else LinkDown(0, "reset"))
+    assert bench.answers == [(0, ok, "" if ok else "reset")]
 
 
 def test_news_of_links_that_are_not_ours_is_ignored(bench: Bench) -> None:

@@ -94,6 +94,7 @@ def test_limits_are_part_of_the_protocol() -> None:
     limits = {name: value for name, value in vars(messages).items() if name.startswith("MAX_")}
     assert limits == {
         "MAX_PACKET_NBYTES": 1 << 22,
+        "MAX_SENT_NBYTES": 1 << 20,
         "MAX_ROOM": (1 << 63) - 1,
         "MAX_BLOCKS_PER_GRANT": 1 << 16,
         "MAX_MESSAGES_PER_FRAME": 256,
@@ -298,12 +299,48 @@ OUT_OF_BOUNDS: list[Message] = [
 
 def test_values_at_the_bounds_are_taken() -> None:
     tiny = messages.BlockGrant(0, 1, (0,), (("x", b""),))
-    field, offer = messages.FieldSpec("x", "", (1, 1 << 40), False), messages.TransportOffer("x", b"d" * (1 << 16))
-    bounds: dict[str, Any] = {"min_version": 0, "max_version": 1 << 16, "block_tokens": 1, "fields": (field,) * 64}
-    hello = Hello(incarnation=US, **bounds, transports=(offer,) * 16)
+    fields = tuple(messages.FieldSpec(f"x{n}", "", (1, 1 << 40), False) for n in range(64))
+    offers = tuple(messages.TransportOffer(f"x{n}", b"d" * (1 << 16)) for n in range(16))
+    bounds: dict[str, Any] = {"min_version": 0, "max_version": 1 << 16, "block_tokens": 1, "fields": fields}
+    hello = Hello(incarnation=US, **bounds, transports=offers)
     said = (messages.Reserve(room=0, rank=4095, ranks=1, grant=tiny), report(tokens=1, total_tokens=1, transport="x"))
     for packet in (hello, Frame(US, THEM, True, 1, 0, said)):
         assert decode(encode(packet)) == packet
+
+
+GRANT_AS_SENT = {"part": 0, "tokens": 1, "blocks": [1, 2], "tokens_by_transport": [["tcp", b"t"], ["shm", b"u"]]}
+INTRODUCTION_AS_SENT = {"kind": "Hello", "incarnation": US, "min_version": 1, "max_version": 1}
+
+
+def room_message(kind: str, **fields: Any) -> bytes:
+    """A frame with one message as a peer might encode it, which is not bound to our types."""
+    frame = {"kind": "Frame", "source": US, "target": THEM, "outgoing": True, "first_seq": 1}
+    return msgspec.msgpack.encode({**frame, "messages": [{"kind": kind, "room": 1, "rank": 0, **fields}]})
+
+
+@pytest.mark.parametrize(
+    ("packet", "what"),
+    [
+        (room_message("Reserve", ranks=1, grant={**GRANT_AS_SENT, "blocks": [1, 2, 1]}), "block"),
+        (room_message("Resume", sent_tokens=1, grant={**GRANT_AS_SENT, "blocks": [7, 7]}), "block"),
+        (room_message("Reserve", ranks=1, grant={**GRANT_AS_SENT, "tokens_by_transport": [["a", b""]] * 2}), "trans"),
+        (msgspec.msgpack.encode({**INTRODUCTION_AS_SENT, "transports": [{"name": "a", "descriptor": b""}] * 2}), "tra"),
+        (msgspec.msgpack.encode({**INTRODUCTION_AS_SENT, "fields": [["x", "int8", [], False]] * 2}), "field"),
+    ],
+)
+def test_what_comes_twice_is_malformed(packet: bytes, what: str) -> None:
+    with pytest.raises(MalformedMessage, match=f"a {what}.* comes twice"):
+        decode(packet)
+
+
+def test_a_failure_of_a_newer_peer_keeps_its_meaning() -> None:
+    """The kind of cause is not known here; that it is one, where, whether to try again and the sentence are."""
+    failure = {"code": "BatteryEmpty", "rank": 3, "state": 2, "retryable": True, "detail": "rank 3 ran out of power"}
+    (abort,) = decode(room_message("Abort", failure=failure)).messages  # type: ignore[union-attr]
+    assert abort.failure == Failure(FailureCode.Unknown, 3, KVPoll.WaitingForInput, True, "rank 3 ran out of power")
+    assert decode(encode(Frame(US, THEM, True, 1, 0, (abort,)))).messages == (abort,)  # type: ignore[union-attr]
+    for code in (7, None, b"Aborted"):
+        refused(room_message("Abort", failure={**failure, "code": code}))
 
 
 @pytest.mark.parametrize("message", OUT_OF_BOUNDS, ids=kind_of)
@@ -329,13 +366,13 @@ def test_values_out_of_bounds_in_messages(message: Message) -> None:
         Hello(**{**INTRODUCTION, "max_version": (1 << 16) + 1}),
         Hello(**{**INTRODUCTION, "block_tokens": 0}),
         Hello(**{**INTRODUCTION, "block_tokens": 1 << 31}),
-        Hello(**{**INTRODUCTION, "fields": FIELDS[:1] * 65}),
+        Hello(**{**INTRODUCTION, "fields": tuple(messages.FieldSpec(f"x{n}", "int8", (), False) for n in range(65))}),
         Hello(**{**INTRODUCTION, "fields": (messages.FieldSpec("", "int8", (), False),)}),
         Hello(**{**INTRODUCTION, "fields": (messages.FieldSpec("x", "i" * 33, (), False),)}),
         Hello(**{**INTRODUCTION, "fields": (messages.FieldSpec("x", "int8", (1,) * 17, False),)}),
         Hello(**{**INTRODUCTION, "fields": (messages.FieldSpec("x", "int8", (0,), False),)}),
         Hello(**{**INTRODUCTION, "fields": (messages.FieldSpec("x", "int8", ((1 << 40) + 1,), False),)}),
-        Hello(**{**INTRODUCTION, "transports": OFFERS[:1] * 17}),
+        Hello(**{**INTRODUCTION, "transports": tuple(messages.TransportOffer(f"x{n}", b"") for n in range(17))}),
         Hello(**{**INTRODUCTION, "transports": (messages.TransportOffer("x", b"d" * ((1 << 16) + 1)),)}),
         Hello(**{**INTRODUCTION, "transports": (messages.TransportOffer("x", b"", (b"",) * 65),)}),
         messages.Welcome(**INTRODUCTION, answers=b""),
@@ -348,7 +385,7 @@ def test_values_out_of_bounds_in_packets(packet: Packet) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("code", "Bored"), ("rank", "1"), ("state", 5), ("state", "Failed"), ("retryable", 1), ("detail", b"x")],
+    [("code", 1), ("rank", "1"), ("state", 5), ("state", "Failed"), ("retryable", 1), ("detail", b"x")],
 )
 def test_a_failure_that_makes_no_sense(name: str, value: object) -> None:
     packet = plain(ABORTING)

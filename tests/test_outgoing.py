@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+import kvpoll_fsm.outgoing
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.commands import StartPart, Target
 from kvpoll_fsm.connection import Connection
@@ -78,20 +80,17 @@ class Bench:
         self.transport = FakeTransport()
         self.peers = {CONN: Peer()}
         self.fed: list[tuple[RoomKey, Input]] = []
-        self.delays = False
-        self.delayed: list[Callable[[], None]] = []
         self.later: list[tuple[Callable[[], object], Callable[[object], None]]] | None = None
-        transports = {"fake": cast("Transport", self.transport)}
-        self.links = Links(transports)
+        self.transports = {"fake": cast("Transport", self.transport)}
+        self.links = Links(self.transports)
         self.out = Outgoing(
             self.pool,
-            transports,
+            self.transports,
             self.links,
             cast("dict[int, Connection]", self.peers),
             self._submit,
             lambda key, event: self.fed.append((key, event)),
             lambda transport: hashes,
-            lambda action: self.delayed.append(action) if self.delays else action(),
         )
         if link_up:
             self.links.reach(CONN, self.peers[CONN].offers["fake"], "fake", lambda ok, why: None)
@@ -128,6 +127,12 @@ class Bench:
         command = StartPart(0, 0, tokens, mine, targets, attempt)
         self.out.start(key, command)
         return command
+
+    def forget_transport(self) -> None:
+        """As the driver does with one that it has closed."""
+        del self.transports["fake"]
+        self.links.lost("fake", "given up")
+        self.out.lost("fake", "given up")
 
     def end(self, ticket: int, **failed: Any) -> None:
         self.out.completed("fake", Failed(ticket, **failed) if failed else Done(ticket))
@@ -355,35 +360,141 @@ def test_a_ticket_that_fails_after_its_peer_has_gone_is_quiescent(bench: Bench) 
     assert bench.out.idle
 
 
-def test_a_failure_is_reported_in_a_moment_so_that_its_cause_may_arrive_first(bench: Bench) -> None:
-    bench.delays = True
-    bench.start(ONE)
-    bench.start(TWO)
-    bench.end(0, reason="revoked", quiescent=False)
-    bench.end(1)
-    assert [w.ok for w in bench.written(TWO)] == [True]
-    assert bench.written(ONE) == []
+def test_a_source_that_may_be_read_outlives_the_peer(bench: Bench) -> None:
+    """The peer's fence keeps the peer safe; what is read here is ours to keep."""
+    bench.start()
+    bench.end(0, reason="reset", quiescent=False, source_free=False)
+    bench.out.hang_up(CONN)
+    assert [(w.quiescent, w.source_free) for w in bench.written()] == [(False, False)]
+    assert len(bench.fed) == 1
     assert not bench.out.idle
     bench.out.completed("fake", Quiesced(0))
-    [report] = bench.delayed
-    report()
-    report()
-    assert [(w.detail, w.quiescent) for w in bench.written(ONE)] == [("revoked", True)]
-    assert not any(isinstance(event, RankQuiesced) for _, event in bench.fed)
+    assert bench.fed[1:] == [(ONE, RankQuiesced(0, 0))]
     assert bench.out.idle
 
 
-def test_once_the_cause_is_known_nothing_is_waited_for(bench: Bench) -> None:
-    bench.delays = True
+def test_a_source_that_may_be_read_after_the_peer_has_gone(bench: Bench) -> None:
     bench.start()
-    bench.end(0, reason="revoked", quiescent=False)
-    bench.out.cancel(ONE)
-    assert [w.detail for w in bench.written()] == ["revoked"]
+    del bench.peers[CONN]
+    bench.end(0, reason="reset", quiescent=False, source_free=False)
+    assert [(w.quiescent, w.source_free) for w in bench.written()] == [(True, False)]
     bench.out.completed("fake", Quiesced(0))
+    assert bench.fed[1:] == [(ONE, RankQuiesced(0, 0))]
+    assert bench.out.idle
+
+
+# A transport that was given up
+
+
+def test_the_tickets_of_a_transport_that_was_closed_have_ended(bench: Bench) -> None:
+    bench.transport.capabilities = Capabilities(scatter_entries=8, max_outstanding=1)
+    bench.start(ONE)
+    bench.start(TWO)  # waits for its turn
+    bench.forget_transport()
+    for key, detail in ((ONE, "given up"), (TWO, "the link went down")):
+        assert [(w.detail, w.ok, w.quiescent, w.source_free) for w in bench.written(key)] == [
+            (detail, False, key == TWO, True)
+        ]
+    bench.out.completed("fake", Quiesced(0))  # a last word is not needed, and does no harm
     assert bench.fed[-1] == (ONE, RankQuiesced(0, 0))
-    for report in bench.delayed:
-        report()
-    assert len(bench.written()) == 1
+    assert bench.out.idle
+
+
+def test_a_transport_that_was_closed_reads_no_source(bench: Bench) -> None:
+    bench.start()
+    bench.end(0, reason="reset", quiescent=False, source_free=False)
+    bench.out.hang_up(CONN)
+    bench.forget_transport()
+    assert bench.fed[1:] == [(ONE, RankQuiesced(0, 0))]
+    assert bench.out.idle
+
+
+def test_a_part_that_was_staged_for_a_transport_that_is_gone(bench: Bench) -> None:
+    bench.later = []
+    bench.start()
+    bench.forget_transport()
+    bench.work()
+    assert [w.detail for w in bench.written()] == ["the transport was given up"]
+
+
+# Whatever raises
+
+POINTS = ("jobs", "stage", "checksum_runs", "runs", "plan_runs", "batches", "hashes", "peer", "connect")
+POINTS_OF_LINKS = ("submit", "cancel", "close")
+
+
+class Trap:
+    """Raises at its nth call, or ever after."""
+
+    def __init__(self, nth: int, error: BaseException, *, lasting: bool) -> None:
+        self.left, self.error, self.lasting = nth, error, lasting
+
+    def spring(self) -> None:
+        self.left -= 1
+        if self.left == -1 or (self.left < -1 and self.lasting):
+            raise self.error
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def trapped(*args: Any, **more: Any) -> Any:
+            self.spring()
+            return function(*args, **more)
+
+        return trapped
+
+
+def set_trap(trap: Trap, point: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    if point == "jobs":
+        bench.out._submit = trap.around(bench.out._submit)
+    elif point == "hashes":
+        bench.out._hashes = trap.around(bench.out._hashes)
+    elif point == "peer":
+        look_up = trap.around(bench.peers.get)
+        bench.out._peers = cast("Any", type("Peers", (), {"get": staticmethod(look_up)})())
+    elif point == "connect":
+        monkeypatch.setattr(FakeTransport, point, trap.around(FakeTransport.connect))
+    elif point in POINTS_OF_LINKS:
+        monkeypatch.setattr(FakeLink, point, trap.around(getattr(FakeLink, point)))
+    else:
+        monkeypatch.setattr(kvpoll_fsm.outgoing, point, trap.around(getattr(kvpoll_fsm.outgoing, point)))
+
+
+@pytest.mark.parametrize("cancel", [False, True], ids=["", "cancelled"])
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("point", [*POINTS, *POINTS_OF_LINKS])
+def test_every_target_is_answered_once_whatever_raises(
+    point: str, nth: int, cancel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three targets in two rooms; the driver guards each call, as here."""
+
+    def guarded(action: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):
+            action()
+
+    for lasting in (False, True):
+        with monkeypatch.context() as patch:
+            bench = Bench(hashes=True, link_up=False)
+            bench.transport.capabilities = Capabilities(scatter_entries=1, max_outstanding=1)
+            set_trap(Trap(nth, RuntimeError("native crash"), lasting=lasting), point, bench, patch)
+            guarded(lambda: bench.start(ONE, ranks=2))  # noqa: B023
+            guarded(lambda: bench.start(TWO))  # noqa: B023
+            guarded(lambda: bench.links.completed("fake", LinkUp(0)))  # noqa: B023
+            if cancel:
+                guarded(lambda: bench.out.cancel(ONE))  # noqa: B023
+            for number in range(30):
+                guarded(lambda: bench.end(number))  # noqa: B023
+            guarded(lambda: bench.links.completed("fake", LinkDown(0, "reset")))  # noqa: B023
+            answered = [(key.room, event.rank) for key, event in bench.fed if isinstance(event, PartWritten)]
+            assert sorted(answered) == [(1, 0), (1, 1), (2, 0)]
+            assert bench.out.idle
+
+
+@pytest.mark.parametrize("error", [SystemExit(), KeyboardInterrupt(), MemoryError()])
+def test_a_worker_that_is_shot_answers(bench: Bench, error: BaseException) -> None:
+    bench.later = []
+    bench.start()
+    [(_, then)] = bench.later
+    then(error)
+    assert [w.detail for w in bench.written()] == [f"staging failed: {error!r}"]
 
 
 # Cancelling

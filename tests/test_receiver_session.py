@@ -705,9 +705,30 @@ def test_what_renews_which_gate() -> None:
     assert not beat(rx, Gate.moving, 99)
 
 
+def test_work_that_moves_on_is_no_standstill() -> None:
+    """The sender stages; then it is checked and copied here."""
+
+    def renewed(rx: Rx, event: inputs.Input) -> bool:
+        return "gate" in armed(rx.feed(event))
+
+    working = inputs.BeatReceived(1, Gate.moving, 0, True, working=True)
+    rx = waiting(Rx())
+    assert not renewed(rx, inputs.Worked())  # queued has a clock that knows of the host alone
+    rx.feed(inputs.BeatReceived(1, Gate.moving, 0, True))
+    assert renewed(rx, working)
+    assert not renewed(rx, inputs.BeatReceived(1, Gate.moving, 0, True))
+    rx.report()
+    assert renewed(rx, inputs.Worked())
+    assert renewed(rx, working)  # for another rank
+    rx.feed(inputs.AbortRoom("enough"))
+    assert not renewed(rx, inputs.Worked())
+    assert not renewed(rx, working)
+
+
 def test_beats_say_where_it_stands() -> None:
     rx = waiting(Rx())
-    (beat,) = rx.session.beats(5, True)
+    (beat,) = rx.session.beats(5, True, False)
+    assert [told.working for working in (False, True) for told in rx.session.beats(5, True, working)] == [False, True]
     assert (beat.to_sender, beat.room, beat.rank, beat.gate, beat.host_alive) == (True, 7, 1, "queued", True)
     assert (beat.sender_generation, beat.receiver_generation) == (3, 9)
 

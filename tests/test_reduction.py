@@ -17,7 +17,7 @@ def test_equals_min_over_the_engines_numbers_in_every_order(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_order_of_ranks_does_not_matter(ranks: int) -> None:
+def test_pain_06_order_of_ranks_does_not_matter(ranks: int) -> None:
     for polls in itertools.combinations_with_replacement(KVPoll, ranks):
         assert len({reduce_ranks(order) for order in itertools.permutations(polls)}) == 1
 

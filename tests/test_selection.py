@@ -69,5 +69,5 @@ def test_only_what_is_named_and_common_in_the_order_named(named: tuple[str, ...]
         assert list(allowed) == sorted(allowed, key=named.index)
 
 
-def test_a_required_transport_has_no_substitute() -> None:
+def test_pain_21_a_required_transport_has_no_substitute() -> None:
     assert Policy.parse("require:mooncake").candidates(["mooncake", "tcp"], ["tcp"]) == ()

@@ -139,7 +139,7 @@ def test_a_bare_session_does_nothing_by_itself() -> None:
         lambda: bare.gate,
         lambda: bare.quiescent,
         lambda: bare.binds(1, 2, 3),
-        lambda: bare.beats(1, True),
+        lambda: bare.beats(1, True, False),
         bare.clone,
         bare.awaited,
         bare._on_failed,

@@ -305,7 +305,7 @@ def test_destinations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(Destination(LAYOUT, 3).arrays()["emb"], np.ndarray)
 
 
-def test_the_arrays_outlive_the_pool() -> None:
+def test_pain_18_the_arrays_outlive_the_pool() -> None:
     room, pool = _data(8), BlockPool(LAYOUT, 2)
     stage(pool, [0, 1], Source.of(LAYOUT, room), 0, 8, True)
     destination = Destination(LAYOUT, 8)

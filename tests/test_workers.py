@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import pytest
 
-from kvpoll_fsm.workers import Workers
+from kvpoll_fsm.workers import Workers, own_clock
 
 WAIT_S = 10.0
 
@@ -85,3 +87,44 @@ def test_without_threads_to_give_nothing_is_left_behind(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="can't start"):
         Workers(4).start()
     assert threading.active_count() == before
+
+
+def test_a_result_that_nobody_takes_ends_no_thread(
+    results: SimpleQueue[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(result: object) -> None:
+        raise RuntimeError("nobody is here")
+
+    workers = Workers(1)
+    workers.start()
+    workers.submit(lambda: 1, refuse)
+    workers.submit(lambda: 2, results.put)
+    assert results.get(timeout=WAIT_S) == 2
+    assert [record.getMessage() for record in caplog.records] == ["a worker's result was not taken"]
+    workers.close()
+
+
+def test_processor_time_grows_with_work_and_not_with_waiting(results: SimpleQueue[object]) -> None:
+    workers, go_on = Workers(1), threading.Event()
+    workers.start()
+    workers.submit(own_clock, results.put)
+    clock = int(str(results.get(timeout=WAIT_S)))
+    workers.submit(lambda: (results.put("at it"), go_on.wait(WAIT_S)), results.put)
+    assert results.get(timeout=WAIT_S) == "at it"
+    waiting_s = settled(lambda: workers.used_s()[clock])
+    threading.Event().wait(0.05)
+    assert workers.used_s() == {clock: waiting_s}
+    go_on.set()
+    results.get(timeout=WAIT_S)
+    workers.submit(lambda: sum(range(200_000)), results.put)
+    results.get(timeout=WAIT_S)
+    assert workers.used_s()[clock] > waiting_s
+    workers.close()
+
+
+def settled(look: Callable[[], float]) -> float:
+    """A value once it is the same twice: the thread has come to rest."""
+    ends_s = time.monotonic() + WAIT_S
+    while (before := look()) != (threading.Event().wait(0.01), look())[1]:
+        assert time.monotonic() < ends_s
+    return before

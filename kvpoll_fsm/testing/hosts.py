@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from kvpoll_fsm.commands import HeldPart, Target
+from kvpoll_fsm.commands import CopyOut, Expose, HeldPart, StartPart, Target
 from kvpoll_fsm.core import EndpointCore
+from kvpoll_fsm.inputs import Granted
 from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Packet
 from kvpoll_fsm.session import RoomKey
 
-__all__ = ["Delivery", "Host", "Job", "LateWrite", "token_of"]
+__all__ = ["Cell", "Delivery", "Host", "Job", "LateWrite", "token_of"]
+
+
+class Cell(NamedTuple):
+    """What one slot of a block holds: a token, and whose transfer it belongs to.
+
+    Attributes:
+        origin: The incarnation it comes from.
+        generation: The sender's life of the room.
+    """
+
+    origin: bytes
+    room: int
+    generation: int
+    part: int
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +79,10 @@ class Host:
         memory: The value in each slot (block, place in it) that was ever written.
         out: What each life of a room copied out, by token.
         granted: Whom each token was made for: (room, part, blocks).
+        tokens: The tokens of each part of a room.
         exposed: Tokens that admit writes.
         fenced: Tokens under which nothing lands any more.
+        addresses: For a connection we opened, the host it goes to.
         routes: For a connection that came to us, the host it came from and that host's incarnation.
         timers: Epoch of each timer that is set.
     """
@@ -73,8 +92,10 @@ class Host:
     memory: dict[tuple[int, int], Any] = field(default_factory=dict)
     out: dict[RoomKey, dict[int, Any]] = field(default_factory=dict)
     granted: dict[bytes, tuple[RoomKey, int, tuple[int, ...]]] = field(default_factory=dict)
+    tokens: dict[tuple[RoomKey, int], tuple[bytes, ...]] = field(default_factory=dict)
     exposed: set[bytes] = field(default_factory=set)
     fenced: set[bytes] = field(default_factory=set)
+    addresses: dict[int, str] = field(default_factory=dict)
     routes: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     timers: dict[tuple[RoomKey | None, str], int] = field(default_factory=dict)
 
@@ -88,31 +109,76 @@ class Host:
         """Tokens per block of this endpoint's pool."""
         return self.core.options.layout.block_tokens
 
+    def address(self, conn: int) -> str | None:
+        """The host at the other end of a connection, open or not, if that is known."""
+        route = self.routes.get(conn)
+        return self.addresses.get(conn) or (route[0] if route else None)
+
+    # Memory
+
     def slots(self, blocks: tuple[int, ...], tokens: int) -> list[tuple[int, int]]:
         """Where the tokens of a part lie: (block, place in it)."""
-        return [(blocks[at // self.block_tokens], at % self.block_tokens) for at in range(tokens)]
+        size = self.block_tokens
+        return [(blocks[at // size], at % size) for at in range(tokens)]
 
     def read(self, held: HeldPart) -> list[Any]:
         """The values of a part where it lies."""
         return [self.memory.get(slot) for slot in self.slots(held.blocks, held.tokens)]
 
-    def end_tokens(self, key: RoomKey, part: int, *, fence: bool) -> None:
-        """The tokens of a part admit nothing new; behind a fence nothing lands any more."""
-        tokens = {token for token, (k, p, _) in self.granted.items() if (k, p) == (key, part)}
-        self.exposed -= tokens
-        if fence:
-            self.fenced |= tokens
+    def cells(self, key: RoomKey, command: StartPart) -> list[Cell]:
+        """What a sender's part consists of."""
+        first, end = command.offset, command.offset + command.tokens
+        return [Cell(self.incarnation, key.room, key.generation, command.part, token) for token in range(first, end)]
 
-    def store(self, token: bytes, values: list[Any]) -> bool:
+    def stage(self, key: RoomKey, command: StartPart) -> None:
+        """Copy a part into its source blocks, unless they are the engine's own or hold it already."""
+        if command.blocks and command.attempt == 0:
+            self._check_lease(key, command.part, command.blocks, "is staged")
+            self.memory.update(zip(self.slots(command.blocks, command.tokens), self.cells(key, command), strict=True))
+
+    def source(self, key: RoomKey, command: StartPart) -> list[Any]:
+        """The values of a part as they are read when its write lands."""
+        if not command.blocks:
+            return list(self.cells(key, command))
+        self._check_lease(key, command.part, command.blocks, "is read")
+        return [self.memory[slot] for slot in self.slots(command.blocks, command.tokens)]
+
+    def store(self, token: bytes, values: Sequence[Any]) -> bool:
         """Bytes land in the blocks a token was made for, unless they were fenced off."""
         if token in self.fenced:
             return False
         key, part, blocks = self.granted[token]
-        lease = lease_of(key, part)
-        assert self.core.accounts.blocks_of(lease) == blocks, f"a write lands in {lease}, which holds {blocks} no more"
-        for slot, value in zip(self.slots(blocks, len(values)), values, strict=True):
-            self.memory[slot] = value
+        self._check_lease(key, part, blocks, "is written")
+        self.memory.update(zip(self.slots(blocks, len(values)), values, strict=True))
         return True
+
+    def copy_out(self, key: RoomKey, command: CopyOut) -> None:
+        """Copy landed parts to their place in the room's own memory."""
+        for held in command.parts:
+            self.out[key].update(enumerate(self.read(held), held.offset))
+
+    def _check_lease(self, key: RoomKey, part: int, blocks: tuple[int, ...], what: str) -> None:
+        lease = lease_of(key, part)
+        assert self.core.accounts.blocks_of(lease) == blocks, f"{lease} {what}, but holds {blocks} no more"
+
+    # Tokens
+
+    def expose(self, key: RoomKey, command: Expose, tokens: dict[str, bytes]) -> Granted:
+        """Admit writes to leased blocks under these tokens, by transport."""
+        for token in tokens.values():
+            self.granted[token] = (key, command.part, command.blocks)
+            self.exposed.add(token)
+        before = self.tokens.get((key, command.part), ())  # a grant that was withdrawn
+        self.tokens[key, command.part] = (*before, *tokens.values())
+        capacity = len(command.blocks) * self.block_tokens
+        return Granted(command.part, command.blocks, capacity, tuple(tokens.items()))
+
+    def end_tokens(self, key: RoomKey, part: int, *, fence: bool) -> None:
+        """The tokens of a part admit nothing new; behind a fence nothing lands any more."""
+        tokens = self.tokens.get((key, part), ())
+        self.exposed.difference_update(tokens)
+        if fence:
+            self.fenced.update(tokens)
 
 
 def token_of(target: Target) -> bytes:

@@ -33,6 +33,7 @@ from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.core import CoreOptions, EndpointCore
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.effects import Changed, Do, Transmit
+from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Frame, Hello, Packet, Stranger, TransportOffer, Welcome
@@ -48,6 +49,8 @@ __all__ = ["Action", "Universe"]
 
 Action = tuple[Any, ...]
 SENDER = "s"
+OPENING_STEPS = 1_000
+"""More than any scene takes whose rooms can open."""
 
 
 class Universe:
@@ -81,14 +84,20 @@ class Universe:
 
     @classmethod
     def begin(cls, scene: Scene) -> Universe:
-        """The first state: endpoints are up, no room is open."""
+        """The first state: endpoints are up, no room is open.
+
+        Raises:
+            InvalidInput: The scene wants rooms that are past Bootstrapping, and they never come there.
+        """
         universe = cls(scene)
         for name in (SENDER, *(f"r{rank}" for rank in range(scene.ranks))):
             universe._boot(name)
         universe.opens = tuple(_openings(scene))
-        while scene.opened and not universe._all_open():
+        for _ in range(OPENING_STEPS):
+            if not scene.opened or universe._all_open():
+                return universe
             universe = universe.step(universe.progress()[0])
-        return universe
+        raise InvalidInput(f"scene {scene.name!r}: its rooms do not open")
 
     def _all_open(self) -> bool:
         sessions = [s for node in self.nodes.values() for s in node.core.sessions.values()]

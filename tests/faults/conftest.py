@@ -9,6 +9,7 @@ import pytest
 from tests.faults.harness import Cluster
 from tests.faults.processes import Mother
 from tests.faults.proxy import Proxy
+from tests.faults.relay import Relay, missing
 
 
 @pytest.fixture(scope="session")
@@ -31,4 +32,14 @@ def cluster(mother: Mother) -> Iterator[Cluster]:
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
     with Proxy() as made:
+        yield made
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    """Three hosts on a network of our own, in fine weather."""
+    problem = missing()
+    if problem:
+        pytest.skip(problem)
+    with Relay(hosts=3) as made:
         yield made

@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.faults.processes import Mother
 from tests.faults.proxy import Proxy
+from tests.faults.relay import Relay
 
 __all__ = [
     "BIG",
@@ -29,6 +30,7 @@ __all__ = [
     "arrive",
     "free_port",
     "join",
+    "place",
     "through",
     "transfer",
 ]
@@ -226,6 +228,13 @@ def through(proxy: Proxy, worker: Worker, **settings: Any) -> Worker:
     worker.open(tcp=tcp, **settings)
     proxy.target = worker.data_port
     return worker
+
+
+def place(relay: Relay, host: int, worker: Worker, **settings: Any) -> Worker:
+    """Open an endpoint on a host of the network; without keys unless some are given."""
+    worker("enter", namespace=relay.hosts[host].namespace)
+    settings.setdefault("insecure", "keys" not in settings)
+    return worker.open(listen=f"tcp://{relay.hosts[host].address}:0", **settings)
 
 
 def join(worker: Worker, tx: Worker, room: int, ranks: tuple[int, ...], total: int, tokens: int = GRANT) -> None:

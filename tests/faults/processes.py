@@ -1,10 +1,11 @@
 """Processes that start within milliseconds: forked from one that has imported everything and started nothing.
 
-The mother process runs `worker.py`; a child takes over three file descriptors and serves orders from there on.
+The mother process runs a module that calls `be_mother`; there a child takes over three file descriptors and goes on.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -13,8 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["Mother", "Process"]
+__all__ = ["Mother", "Process", "be_mother"]
 
+PR_SET_PDEATHSIG = 1
+ROOT = Path(__file__).resolve().parents[2]
 END_S = 30.0
 """Longest a process may take to end: a bound against hanging, not an expectation."""
 
@@ -22,13 +25,13 @@ END_S = 30.0
 class Mother:
     """Starts processes and learns how they ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "tests.faults.worker") -> None:
         self._socket, theirs = socket.socketpair()
-        script = Path(__file__).with_name("worker.py")
         one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a process with threads must not fork
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-W", "error", str(script), str(theirs.fileno())],
+                [sys.executable, "-W", "error", "-m", module, str(theirs.fileno())],
+                cwd=ROOT,
                 pass_fds=[theirs.fileno()],
                 env=one_thread,
             )
@@ -82,3 +85,42 @@ class Process:
             self._status = self._mother.reap(self.pid)
             os.close(self._fd)
         return self._status
+
+
+def be_mother(fd: int) -> bool:
+    """Start a process for each order, until there are no more; True in each of these processes."""
+    with socket.socket(fileno=fd) as orders:
+        while True:
+            order, fds, _, _ = socket.recv_fds(orders, 100, 3)
+            if not order:
+                return False
+            if order == b"start":
+                pid = _fork(fds)
+                if not pid:
+                    return True
+                orders.send(b"%d" % pid)
+            else:
+                _, status = os.waitpid(int(order.split()[1]), 0)
+                orders.send(b"%d" % os.waitstatus_to_exitcode(status))
+
+
+def _fork(fds: list[int]) -> int:
+    """Returns 0 in the new process, which has taken over the descriptors by the time its pid is known."""
+    ready, taken_over = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _take_over(fds)
+    os.close(taken_over)
+    if pid:
+        os.read(ready, 1)  # the end of it: nobody has the other side open any more
+        for fd in fds:
+            os.close(fd)
+    os.close(ready)
+    return pid
+
+
+def _take_over(fds: list[int]) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left behind, not even what is frozen
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)

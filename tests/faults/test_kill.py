@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.faults.gates import BLOCKS, receivers_at_every_gate, sender_at_every_gate
 from tests.faults.harness import BIG, BIG_PART_NBYTES, FAST, GRANT, Cluster, join, through, transfer
 from tests.faults.proxy import Proxy
 
@@ -14,33 +15,9 @@ LASTING = {**FAST, "stall_s": 20.0}
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_receiver_killed_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
     """Rooms at every gate of a sender lose one of their receivers. Pains 1, 2, 3, 8, 11, 14, 25."""
-    tx, near, spare = cluster.start("tx"), cluster.start("near"), cluster.start("spare")
-    far = through(proxy, cluster.start("far"), deadlines=LASTING)
-    tx.open(blocks=4, deadlines=LASTING)
-    near.open(deadlines=LASTING)
-    empty = tx("counts")
-    near_ranks, far_ranks = tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks))
-    gates = {"queued": 11, "waiting_resume": 12, "waiting_outcome": 13, "moving": 14, "waiting_blocks": 15}
-    tx("sender", room=10, ranks=ranks + 1)
-    join(near, tx, 10, near_ranks, ranks + 1)
-    join(far, tx, 10, far_ranks, ranks + 1)
-    for room in gates.values():
-        tx("sender", room=room, ranks=ranks)
-        join(near, tx, room, near_ranks, ranks)
-        join(far, tx, room, far_ranks, ranks)
-    for room in gates.values():
-        tx.until("sender", room, state="WaitingForInput", gate="queued")
-
-    far("lose", hold="Resume")  # the first that is lost holds up all later messages: acknowledgements too
-    tx("send", room=12, tokens=2 * GRANT)
-    tx.until("sender", 12, state="Transferring", gate="waiting_resume")
-    tx("send", room=13, tokens=GRANT)
-    tx.until("sender", 13, gate="waiting_outcome")
-    proxy.hold()
-    tx("send", room=14, tokens=GRANT)
-    tx.until("sender", 14, gate="moving")
-    tx("send", room=15, tokens=GRANT)
-    tx.until("sender", 15, gate="waiting_blocks")
+    scene = sender_at_every_gate(cluster, proxy, ranks, LASTING)
+    tx, near, far, spare = scene.tx, scene.near, scene.far, cluster.start("spare")
+    near_ranks, far_ranks, gates = scene.near_ranks, scene.far_ranks, scene.gates
     far.kill()
 
     for room in gates.values():
@@ -64,7 +41,7 @@ def test_receiver_killed_at_every_gate_of_the_sender(cluster: Cluster, proxy: Pr
         assert worker("until_free")["free"] == worker("load")["total"]
     near("close")
     spare("close")
-    assert tx("until_counts", wanted=empty) == {}
+    assert tx("until_counts", wanted=scene.empty) == {}
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -73,51 +50,17 @@ def test_sender_killed_at_every_gate_of_the_receivers(cluster: Cluster, proxy: P
 
     Pains 1, 2, 8, 11, 14.
     """
-    tx, near, spare = cluster.start("tx"), cluster.start("near"), cluster.start("spare")
-    far = through(proxy, cluster.start("far"), blocks=24, deadlines=LASTING)
-    tx.open(deadlines=LASTING)
-    near.open(blocks=24, deadlines=LASTING)
-    far("open", name="engine", adopt=True, blocks=4, deadlines=LASTING)
-    near_ranks, far_ranks = tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks))
-    places = [(near, rank) for rank in near_ranks] + [(far, rank) for rank in far_ranks]
-    empty = {worker: worker("counts") for worker in (near, far)}
-    for room in (22, 23, 25):
-        tx("sender", room=room, ranks=ranks)
-        join(near, tx, room, near_ranks, ranks)
-        join(far, tx, room, far_ranks, ranks)
-        tx.until("sender", room, gate="queued")
-    join(near, tx, 20, near_ranks, ranks)  # never opened by the sender
-    join(far, tx, 20, far_ranks, ranks)
-    join(near, tx, 21, near_ranks, ranks, tokens=24 * 16)  # more than the pool has left
-    join(far, tx, 21, far_ranks, ranks, tokens=24 * 16)
-    tx("sender", room=26, tokens=2 * GRANT)
-    far("receiver", name="engine", room=26, peer=tx.address, resume="manual", blocks=[2, 0])
-    far.until("receiver", 26, name="engine", gate="waiting_resume")
-    tx("sender", room=24)
-    far("receiver", name="engine", room=24, peer=tx.address, resume="manual", blocks=[3, 1])
-    tx.until("sender", 24, gate="queued")
-
-    tx("lose", hold="PartOutcome")  # lost once per connection, and with it all that follows there
-    tx("send", room=23, tokens=GRANT)
-    tx("send", room=24, tokens=2 * GRANT)
-    tx.until("sender", 23, state="Success")
-    tx.until("sender", 24, gate="waiting_resume")
-    proxy.hold()
-    tx("send", room=25, tokens=GRANT)
-    gates = {20: "waiting_ranks", 21: "waiting_blocks", 22: "queued", 23: "waiting_outcome", 25: "moving"}
-    for worker, rank in places:
-        for room, gate in gates.items():
-            worker.until("receiver", room, rank, gate=gate)
-    far.until("receiver", 24, name="engine", gate="waiting_outcome")
+    scene = receivers_at_every_gate(cluster, proxy, ranks, LASTING)
+    tx, near, far, spare = scene.tx, scene.near, scene.far, cluster.start("spare")
     tx.kill()
 
-    for worker, rank in places:
-        codes = {room: worker.end_of("receiver", room, rank)["code"] for room in gates}
-        assert codes == {room: "OutcomeUnknown" if room == 23 else "PeerLost" for room in gates}
-    for room in (24, 26):
+    for worker, rank in scene.places:
+        codes = {room: worker.end_of("receiver", room, rank)["code"] for room in scene.gates}
+        assert codes == {room: "OutcomeUnknown" if room == 23 else "PeerLost" for room in scene.gates}
+    for room in scene.engine:
         assert far.end_of("receiver", room, name="engine")["code"] == "PeerLost"
     for worker in (near, far):
-        assert worker("until_free")["free"] == 24
+        assert worker("until_free")["free"] == BLOCKS
         worker("canary")
     assert far("load", name="engine")["leased"] == 2  # the engine has a part, and has not given it back
     assert proxy.wait_held(1)
@@ -128,13 +71,13 @@ def test_sender_killed_at_every_gate_of_the_receivers(cluster: Cluster, proxy: P
     assert far("canary_lives")
 
     spare.open(deadlines=LASTING)
-    transfer(spare, {near: near_ranks, far: far_ranks}, 30, 3 * GRANT)
+    transfer(spare, scene.receivers, 30, 3 * GRANT)
     far("clear", name="engine", side="receiver", room=26)
     assert far("until_free", name="engine")["free"] == 4
     spare("close")
     for worker in (near, far):
         worker("clear")
-        assert worker("until_counts", wanted=empty[worker]) == {}
+        assert worker("until_counts", wanted=scene.empty[worker]) == {}
 
 
 def test_receiver_killed_in_the_middle_of_the_second_part(cluster: Cluster, proxy: Proxy) -> None:

@@ -1,4 +1,4 @@
-"""A process of either side is frozen in the middle of a part, for long or for a moment."""
+"""A process of either side is frozen at every gate and in the middle of a part, for long or for a moment."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
+from tests.faults.gates import BLOCKS, ReceiversScene, SenderScene, receivers_at_every_gate, sender_at_every_gate
 from tests.faults.harness import (
     BIG,
     BIG_PART_NBYTES,
     FAST,
+    GRANT,
     PATIENT,
     Cluster,
     Worker,
     arrive,
+    join,
     through,
     transfer,
 )
@@ -100,3 +103,115 @@ def test_frozen_for_a_moment(cluster: Cluster, proxy: Proxy, which: str) -> None
     frozen.resume()
     arrive(tx, {rx: (0,)}, 1, TOKENS)
     settled(tx, rx, empty)
+
+
+# At every gate
+
+
+def all_is_well(scene: SenderScene | ReceiversScene) -> None:
+    """The next room works, and nothing is left of what happened."""
+    receivers = {scene.near: scene.near_ranks, scene.far: scene.far_ranks}
+    transfer(scene.tx, receivers, 1000, 3 * GRANT)
+    scene.tx("clear")
+    assert scene.tx("until_free")["free"] == scene.tx("load")["total"]
+    for worker in receivers:
+        worker("clear")
+        assert worker("until_free")["free"] == worker("load")["total"]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_receiver_frozen_for_long_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """All rooms but the one that has not opened are given up; the thawed receiver finds out. Pains 1, 2, 3, 8, 9."""
+    scene = sender_at_every_gate(cluster, proxy, ranks, SILENCE)
+    tx, near, far = scene.tx, scene.near, scene.far
+    far.stop()
+    for room in scene.gates.values():
+        end = tx.until("sender", room, ended=True)
+        assert (end["code"], end["retryable"]) == ("PeerLost", True)
+        assert end["cause_rank"] in scene.far_ranks
+        for rank in scene.near_ranks:
+            told = near.end_of("receiver", room, rank)
+            assert (told["code"], told["cause_rank"]) == ("PeerLost", end["cause_rank"])
+    far.resume()
+    far("lose_no_more")
+    proxy.release()
+    for room in (*scene.gates.values(), scene.early):
+        for rank in scene.far_ranks:
+            told = far.end_of("receiver", room, rank)
+            assert (told["state"], bool(told["detail"])) == ("Failed", True)
+    for room in scene.gates.values():
+        assert tx.end_of("sender", room)["quiescent"]
+    assert tx("state", side="sender", room=scene.early)["state"] == "Bootstrapping"
+    all_is_well(scene)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_receiver_frozen_for_a_moment_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """Every room goes on from where it was. Pain 9."""
+    scene = sender_at_every_gate(cluster, proxy, ranks, PATIENT)
+    tx, near, far = scene.tx, scene.near, scene.far
+    far.stop()
+    assert tx("until_silent", ticks=3)
+    far.resume()
+    far("lose_no_more")
+    proxy.release()
+    tx("send", room=11, tokens=GRANT)
+    join(near, tx, scene.early, (ranks,), ranks + 1)
+    tx("send", room=scene.early, tokens=GRANT)
+    for room, tokens in scene.tokens.items():
+        arrive(tx, {near: scene.near_ranks, far: scene.far_ranks}, room, tokens)
+    arrive(tx, {near: (*scene.near_ranks, ranks), far: scene.far_ranks}, scene.early, GRANT)
+    all_is_well(scene)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sender_frozen_for_long_at_every_gate_of_the_receivers(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """All rooms are given up, all blocks come back, and what the thawed sender still sends lands nowhere.
+
+    Pains 1, 2, 8, 9.
+    """
+    scene = receivers_at_every_gate(cluster, proxy, ranks, SILENCE)
+    tx, near, far = scene.tx, scene.near, scene.far
+    tx.stop()
+    for worker, rank in scene.places:
+        codes = {room: worker.end_of("receiver", room, rank)["code"] for room in scene.gates}
+        assert codes == {room: "OutcomeUnknown" if room == 23 else "PeerLost" for room in scene.gates}
+    for room in scene.engine:
+        assert far.end_of("receiver", room, name="engine")["code"] == "PeerLost"
+    for worker in (near, far):
+        assert worker("until_free")["free"] == BLOCKS
+        worker("canary")
+    tx.resume()
+    tx("lose_no_more")
+    proxy.release()
+    for room in (22, 24, 25, 26):
+        told = tx.end_of("sender", room)
+        assert (told["state"], bool(told["detail"])) == ("Failed", True)
+    assert tx.end_of("sender", 23)["state"] == "Success"
+    assert near("canary_lives")
+    assert far("canary_lives")
+    all_is_well(scene)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sender_frozen_for_a_moment_at_every_gate_of_the_receivers(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+    """Every room goes on from where it was. Pain 9."""
+    scene = receivers_at_every_gate(cluster, proxy, ranks, PATIENT)
+    tx, far = scene.tx, scene.far
+    tx.stop()
+    silent = [worker for worker, own in scene.receivers.items() if own]
+    assert all(worker("until_silent", ticks=3) for worker in silent)
+    tx.resume()
+    tx("lose_no_more")
+    proxy.release()
+    for room in (20, 21):
+        tx("sender", room=room, ranks=ranks, tokens=GRANT)
+    tx("send", room=22, tokens=GRANT)
+    for room in scene.gates:
+        arrive(tx, scene.receivers, room, GRANT)
+    for room, blocks in ((24, [3, 1]), (26, [2, 0])):
+        far.until("receiver", room, name="engine", gate="waiting_resume")
+        far("resume", name="engine", room=room, blocks=blocks)
+        assert far.end_of("receiver", room, name="engine")["state"] == "Success"
+        assert tx.end_of("sender", room)["parts"] == [GRANT, GRANT]
+    all_is_well(scene)

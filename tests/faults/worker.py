@@ -6,13 +6,11 @@ Started by `processes.Mother`; run by nothing else. Every order names a method o
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import linecache
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,84 +23,18 @@ import numpy as np
 
 import kvpoll_tcp  # noqa: F401 - imported once, in the mother, and not in every child
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, Layout
-from kvpoll_fsm.control import Control
 from kvpoll_fsm.handles import Receiver, Room, Sender
-from kvpoll_fsm.messages import Frame, Packet, encode
+from tests.faults.counts import count_everything
+from tests.faults.loss import Loss, losses
+from tests.faults.namespaces import enter
+from tests.faults.processes import be_mother
 
 LOOK_S = 0.002
-_real_send = Control.send
 
 
 def say(**line: Any) -> None:
     """One line to the harness. Written with one call, so that a signal handler may speak in between."""
     os.write(1, json.dumps(line).encode() + b"\n")
-
-
-class Loss:
-    """Loses chosen packets on their way out of one endpoint.
-
-    Attributes:
-        message: Lose the packet that carries the message of that number; 0 is Hello or Welcome.
-        bare: Lose the packet of that number (0 upwards) among those that carry no message.
-        spread: The k-th connection loses what has that number plus k.
-        every: Lose every so-many-th packet.
-        hold: From the first frame with this kind of message on, lose every frame of that connection that carries
-            messages.
-        lost: The kinds of what was lost by number.
-        record: Whether to keep a copy of every packet.
-    """
-
-    def __init__(self) -> None:
-        self.message = self.bare = -1
-        self.spread = False
-        self.every = 0
-        self.hold = ""
-        self.lost: list[str] = []
-        self.record = False
-        self.kept: list[bytes] = []
-        self._holding: set[int] = set()
-        self._hit: set[int] = set()
-        self._sent = 0
-        self._bare_sent: dict[int, int] = {}
-        self._order: dict[int, int] = {}
-
-    def loses(self, conn: int, packet: Packet) -> bool:
-        if self.record:
-            self.kept.append(encode(packet))
-        messages = packet.messages if isinstance(packet, Frame) else ()
-        kinds = [type(message).__name__ for message in messages]
-        if self.hold in kinds:
-            self._holding.add(conn)
-        self._sent += 1
-        by_order = self.every and self._sent % self.every == 0
-        return bool(by_order or (conn in self._holding and kinds) or self._loses_once(conn, packet, kinds))
-
-    def _loses_once(self, conn: int, packet: Packet, kinds: list[str]) -> bool:
-        shift = self._order.setdefault(conn, len(self._order)) if self.spread else 0
-        message = self.message + shift if self.message >= 0 else -1
-        if not isinstance(packet, Frame):
-            found = message == 0
-        elif kinds:
-            found = packet.first_seq <= message < packet.first_seq + len(kinds)
-        else:
-            number = self._bare_sent[conn] = self._bare_sent.get(conn, -1) + 1
-            found = number == self.bare + shift and self.bare >= 0
-        if not found or conn in self._hit:
-            return False
-        self._hit.add(conn)
-        self.lost.append("+".join(kinds) or type(packet).__name__)
-        return True
-
-
-_losses: dict[Control, Loss] = {}
-
-
-def _lossy_send(self: Control, conn: int, packet: Packet) -> bool:
-    loss = _losses.get(self)
-    return False if loss is not None and loss.loses(conn, packet) else _real_send(self, conn, packet)
-
-
-Control.send = _lossy_send  # type: ignore[method-assign]
 
 
 def make_layout(hidden: int, block_tokens: int) -> Layout:
@@ -128,6 +60,10 @@ class Host:
         self.rooms: dict[tuple[str, str, int, int], Room] = {}
         self.losses: dict[str, Loss] = {}
         self.hidden = 0
+
+    def enter(self, namespace: str) -> None:
+        """Be in this network namespace from now on; before the first endpoint, while there is one thread."""
+        enter(namespace)
 
     # Endpoints
 
@@ -157,7 +93,7 @@ class Host:
             transport_options={"tcp": tcp or {}},
             **settings,
         ).start()
-        _losses[endpoint.driver._control] = plan
+        losses[endpoint.driver._control] = plan
         self.endpoints[name] = endpoint
         data_port = (_listening() - before - {endpoint.address.port}).pop()
         return {"address": str(endpoint.address), "data_port": data_port}
@@ -171,6 +107,9 @@ class Host:
     def lose(self, name: str = "main", **plan: Any) -> None:
         for key, value in plan.items():
             setattr(self.losses[name], key, value)
+
+    def lose_no_more(self, name: str = "main") -> None:
+        self.losses[name].stop_holding()
 
     def lost(self, name: str = "main") -> list[str]:
         return self.losses[name].lost
@@ -198,6 +137,14 @@ class Host:
     def receiver(self, room: int, peer: str, rank: int = 0, name: str = "main", **more: Any) -> None:
         handle = self.endpoints[name].receiver(room, peer=peer, rank=rank, **more)
         self.rooms[name, "receiver", room, rank] = handle
+
+    def resume(self, room: int, blocks: list[int], rank: int = 0, name: str = "main") -> None:
+        """The engine has copied the newest part and grants these blocks for the next."""
+        handle = self.rooms[name, "receiver", room, rank]
+        assert isinstance(handle, Receiver)
+        assert handle.part is not None
+        handle.release(handle.part.part)
+        handle.resume(blocks)
 
     def state(self, side: str, room: int, rank: int = 0, name: str = "main") -> dict[str, Any]:
         return _describe(self.rooms[name, side, room, rank])
@@ -265,16 +212,8 @@ class Host:
         return self.endpoints[name].dump()
 
     def counts(self, name: str = "main") -> dict[str, int]:
-        """Everything that could leak: see `_tables`."""
-        gc.collect()
-        endpoint = self.endpoints[name]
-        counts = endpoint.driver.call(lambda: _tables(endpoint)).result(10)
-        counts["fds"] = len(os.listdir("/proc/self/fd"))
-        for thread in threading.enumerate():
-            if not thread.name.startswith("kvpoll-worker"):  # started when first needed, at most as many as wanted
-                kind = "thread " + thread.name.rstrip("0123456789.:").rstrip("-")
-                counts[kind] = counts.get(kind, 0) + 1
-        return counts
+        """Everything that could leak."""
+        return count_everything(self.endpoints[name])
 
     def until_counts(self, wanted: dict[str, int], name: str = "main", timeout: float = 10.0) -> dict[str, Any]:
         """Wait until the counts are as wanted; returns those that are not, as [wanted, found]."""
@@ -446,29 +385,7 @@ def _listening() -> set[int]:
     return {int(line[1][-4:], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}
 
 
-def _tables(endpoint: Endpoint) -> dict[str, int]:
-    """The size of every table of the endpoint, whatever they are called: what is not in one cannot leak."""
-    driver = endpoint.driver
-    owners: list[Any] = [endpoint, driver, driver.core, driver.core.accounts, driver.outgoing, driver.incoming]
-    owners += [driver._links, driver._control]
-    for transport in driver.transports.values():
-        owners += [transport, *(v for v in vars(transport).values() if type(v).__module__.startswith("kvpoll_"))]
-    counts = {"timers": len(driver._timers)}
-    for owner in owners:
-        names = list(getattr(owner, "__dict__", ())) or list(getattr(owner, "__slots__", ()))
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, (dict, list, set)):
-                counts[f"{type(owner).__name__}.{name}"] = sum(map(_lives, value))
-    return counts
-
-
-def _lives(item: object) -> bool:
-    """What has ended and is only kept until the next of its kind comes does not count."""
-    return not getattr(item, "is_closed", False) and (not isinstance(item, threading.Thread) or item.is_alive())
-
-
-def _serve(host: Host) -> None:
+def serve(host: Host) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         number, do = order.pop("id"), order.pop("do")
@@ -480,30 +397,7 @@ def _serve(host: Host) -> None:
             say(id=number, error=f"{type(error).__name__}: {error}")
 
 
-def _be_mother(orders: socket.socket) -> bool:
-    """Start a process for each order, until there are no more; True in each of these processes."""
-    while True:
-        order, fds, _, _ = socket.recv_fds(orders, 100, 3)
-        if not order:
-            return False
-        if order == b"start":
-            pid = os.fork()
-            if not pid:
-                for number, fd in enumerate(fds):
-                    os.dup2(fd, number)
-                    os.close(fd)
-                return True
-            for fd in fds:
-                os.close(fd)
-            orders.send(b"%d" % pid)
-        else:
-            _, status = os.waitpid(int(order.split()[1]), 0)
-            orders.send(b"%d" % os.waitstatus_to_exitcode(status))
-
-
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)  # a room that fails is a warning; a traceback is an error
-    with socket.socket(fileno=int(sys.argv[1])) as orders:
-        is_child = _be_mother(orders)
-    if is_child:
-        _serve(Host())
+    if be_mother(int(sys.argv[1])):
+        serve(Host())

@@ -31,7 +31,7 @@ def walk(events: list[LifecycleEvent]) -> list[KVPoll]:
 
 
 @given(sequences)
-def test_nothing_leaves_a_terminal_state(events: list[LifecycleEvent]) -> None:
+def test_pain_04_nothing_leaves_a_terminal_state(events: list[LifecycleEvent]) -> None:
     states = walk(events)
     ends = [at for at, state in enumerate(states) if state.is_terminal]
     if ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import mmap
 import os
@@ -57,18 +58,28 @@ def lease(part: int = 0) -> LeaseId:
     return LeaseId("receiver", 7, 0, 1, part)
 
 
+def sealed_memfd(nbytes: int) -> int:
+    """A file without a name that keeps its size, as a pool's arenas are."""
+    fd = os.memfd_create("test-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, nbytes)
+    fcntl.fcntl(fd, 1033, 2 | 4)  # F_ADD_SEALS: shrink, grow
+    return fd
+
+
 class Side:
     """A started transport, its regions, and what it has reported."""
 
     def __init__(self, transport: Transport, sizes: Sequence[int] = SIZES, filled: bool = False) -> None:
         self.transport = transport
-        self.arenas = [mmap.mmap(-1, size) for size in sizes]
+        self.fds = [sealed_memfd(size) for size in sizes]
+        self.arenas = [mmap.mmap(fd, size) for fd, size in zip(self.fds, sizes, strict=True)]
         if filled:
             for number, arena in enumerate(self.arenas):
                 arena[:] = pattern(len(arena), number)
         transport.start()
         self.regions = [
-            transport.register(Region(number, memoryview(arena))) for number, arena in enumerate(self.arenas)
+            transport.register(Region(number, memoryview(arena), fd))
+            for number, (arena, fd) in enumerate(zip(self.arenas, self.fds, strict=True))
         ]
         self.seen: list[Completion] = []
         self.ends: dict[int, Done | Failed] = {}
@@ -94,6 +105,8 @@ class Side:
     def _note(self, completion: Completion) -> None:
         if isinstance(completion, (Done, Failed)):
             assert completion.ticket not in self.ends, f"{completion} after {self.ends[completion.ticket]}"
+            sure = isinstance(completion, Done) or completion.source_free or not completion.quiescent
+            assert sure, f"{completion}: what reads its source may write as well"
             self.ends[completion.ticket] = completion
         elif isinstance(completion, Progress):
             assert completion.ticket not in self.ends, f"{completion} after {self.ends[completion.ticket]}"
@@ -126,8 +139,9 @@ class Side:
         self.transport.close()
         self.pump()
         self.transport.close()
-        for arena in self.arenas:
+        for arena, fd in zip(self.arenas, self.fds, strict=True):
             arena.close()
+            os.close(fd)
 
 
 class Pair:

@@ -13,7 +13,8 @@ import msgspec
 
 MAGIC = b"KVPOLTCP"
 FRAME_MAGIC = 0x564B
-HELLO_NBYTES = 58
+HELLO_NBYTES = 74
+WRITER = b"w" * 16
 ACK = struct.Struct("<HBBIQ")
 
 
@@ -26,8 +27,10 @@ def write_descriptor(descriptor: dict[str, Any]) -> bytes:
     return msgspec.msgpack.encode(descriptor)
 
 
-def hello(incarnation: bytes, nonce: bytes = b"n" * 32, magic: bytes = MAGIC, version: int = 1) -> bytes:
-    return magic + struct.pack("<H", version) + incarnation + nonce
+def hello(
+    incarnation: bytes, nonce: bytes = b"n" * 32, magic: bytes = MAGIC, version: int = 1, writer: bytes = WRITER
+) -> bytes:
+    return magic + struct.pack("<H", version) + incarnation + nonce + writer
 
 
 def proof(secret: bytes, role: bytes, sender: bytes, receiver: bytes) -> bytes:
@@ -71,14 +74,16 @@ def frame(
 class Raw:
     """A connection to a receiver's data port."""
 
-    def __init__(self, descriptor: bytes, shake_hands: bool = True) -> None:
+    def __init__(self, descriptor: bytes, shake_hands: bool = True, writer: bytes = WRITER, source: str = "") -> None:
+        self.writer = writer
         self.peer = read_descriptor(descriptor)
-        self.socket = socket.create_connection((self.peer["host"], self.peer["port"]), timeout=20)
+        place = (self.peer["host"], self.peer["port"])
+        self.socket = socket.create_connection(place, timeout=20, source_address=(source, 0) if source else None)
         if shake_hands:
             self.shake_hands()
 
     def shake_hands(self) -> None:
-        ours = hello(self.peer["incarnation"])
+        ours = hello(self.peer["incarnation"], writer=self.writer)
         self.send(ours)
         theirs = self.read(HELLO_NBYTES)
         self.send(proof(self.peer["secret"], b"kvpoll-tcp sender", ours, theirs))

@@ -9,14 +9,20 @@ from collections.abc import Iterator
 import pytest
 
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Range, Region, Transport, Write
+from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, FenceKind, Link, Range, Region, Transport, Write
 from tests.transports.harness import HUGE, MIB, SIZES, Pair, Side, footprint, lease, same, untouched
 
 CANARY = b"\xc5"
 
 
 class TransportSuite(abc.ABC):
-    """The tests; `make` gives a transport that is not started yet."""
+    """The tests; `make` gives a transport that is not started yet.
+
+    Attributes:
+        in_steps: A ticket as large as may be is not done in one go, so that what happens meanwhile can be seen.
+    """
+
+    in_steps = True
 
     @abc.abstractmethod
     def make(self) -> Transport: ...
@@ -96,8 +102,8 @@ class TransportSuite(abc.ABC):
     def test_progress_grows_up_to_the_end(self, pair: Pair, link: Link) -> None:
         ticket = link.submit(HUGE, pair.rx.grant())
         pair.done(ticket)
-        if not pair.tx.transport.capabilities.reports_progress:
-            assert not pair.tx.progress
+        claimed = pair.tx.transport.capabilities.reports_progress
+        assert bool(pair.tx.progress) is (claimed and self.in_steps)
         assert all(nbytes < MAX_TICKET_NBYTES for nbytes in pair.tx.progress.get(ticket, []))
 
     def test_both_ways_at_once(self, pair: Pair, link: Link) -> None:
@@ -115,7 +121,7 @@ class TransportSuite(abc.ABC):
         other = Pair(Side(self.make(), filled=True), pair.rx)
         second = other.tx.connect(pair.rx)
         token = pair.rx.grant()
-        ticket = second.submit([Write(0, 0, MIB, MIB)], token)
+        ticket = second.submit([Write(0, 0, MIB, MIB)], pair.rx.grant())  # a token may be bound to its first writer
         pair.done(link.submit([Write(0, 0, 0, MIB)], token))
         other.done(ticket)
         other.tx.close()
@@ -244,6 +250,75 @@ class TransportSuite(abc.ABC):
         link.cancel(tickets[0])
         pair.done(link.submit([Write(1, 0, 0, 9)], token))
         assert len(pair.tx.ends) == 7
+
+    def test_it_cancels_if_it_claims_to(self, pair: Pair, link: Link) -> None:
+        token = pair.rx.grant()
+        tickets = [link.submit(HUGE, token) for _ in range(8)]
+        for ticket in tickets:
+            link.cancel(ticket)
+        early = [end for end in pair.ended(*tickets) if isinstance(end, Failed)]
+        assert bool(early) is pair.tx.transport.capabilities.cancellable
+
+    def test_a_fence_of_a_token_that_was_never_used(self, pair: Pair, link: Link) -> None:
+        token = pair.rx.grant()
+        pair.fence(token)
+        assert pair.failed(link.submit([Write(0, 0, 0, 100)], token)).quiescent
+        untouched(pair.rx)
+
+    def test_a_token_is_fenced_twice_while_bytes_come(self, pair: Pair, link: Link) -> None:
+        """Each call is answered; and a third when all is over."""
+        token = pair.rx.grant()
+        tickets = [link.submit(HUGE, token) for _ in range(4)]
+        pair.until(lambda: pair.rx.arenas[0][0] == pair.tx.arenas[0][0], "the first byte")
+        fences = [pair.rx.transport.fence(token) for _ in range(2)]
+        pair.until(lambda: len(pair.rx.fenced) == 2, "the fences")
+        pair.rx.arenas[0][:] = CANARY * SIZES[0]
+        pair.ended(*tickets)
+        fences.append(pair.rx.transport.fence(token))
+        pair.until(lambda: sorted(pair.rx.fenced) == sorted(set(fences)), "the last one")
+        assert pair.rx.arenas[0][:] == CANARY * SIZES[0]
+
+    @pytest.mark.parametrize("gone", ["link", "writer"])
+    def test_a_fence_when_the_connection_is_dead(self, pair: Pair, gone: str) -> None:
+        """What the writer left behind lands before the fence holds, or never."""
+        other = Pair(Side(self.make(), filled=True), pair.rx)
+        link = other.tx.connect(pair.rx)
+        other.up(link)
+        token = pair.rx.grant()
+        tickets = [link.submit(HUGE, token) for _ in range(4)]
+        other.until(lambda: pair.rx.arenas[0][0] == other.tx.arenas[0][0], "the first byte")
+        if gone == "link":
+            link.close()
+            other.ended(*tickets)
+        else:
+            other.tx.close()
+        pair.fence(token)
+        pair.rx.arenas[0][:] = CANARY * SIZES[0]
+        if gone == "link":
+            other.tx.close()
+        again = pair.tx.connect(pair.rx)
+        pair.done(again.submit([Write(1, 0, 0, 100)], pair.rx.grant()))
+        assert pair.rx.arenas[0][:] == CANARY * SIZES[0]
+
+    def test_a_fence_with_as_many_tickets_out_as_there_may_be(self, pair: Pair, link: Link) -> None:
+        """All of the token's tickets end, each once, and not a byte lands; those of another token are not harmed."""
+        most = pair.tx.transport.capabilities.max_outstanding
+        token, other = pair.rx.grant(Range(0, 0, SIZES[0])), pair.rx.grant(Range(1, 0, SIZES[1]))
+        tickets, survivors = [], []
+        for number in range(most):
+            if number % 50 == 49:
+                survivors.append(link.submit([Write(1, number, number, 1)], other))
+            else:
+                tickets.append(link.submit([Write(0, number * 4096, number * 4096, 4096)], token))
+        pair.until(lambda: pair.rx.arenas[0][0] == pair.tx.arenas[0][0], "the first byte")
+        pair.fence(token)
+        pair.rx.arenas[0][:] = CANARY * SIZES[0]
+        pair.ended(*tickets, *survivors)
+        assert len(pair.tx.ends) == most
+        assert pair.rx.arenas[0][:] == CANARY * SIZES[0]
+        if pair.rx.transport.capabilities.fence is FenceKind.token:
+            pair.done(*survivors)
+            assert pair.tx.links[link.number] == [True]
 
     # Links and the end
 

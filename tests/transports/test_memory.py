@@ -11,6 +11,8 @@ from tests.transports.suite import TransportSuite
 
 
 class TestMemory(TransportSuite):
+    in_steps = False
+
     def make(self) -> MemoryTransport:
         return MemoryTransport()
 
@@ -116,6 +118,16 @@ def test_bytes_land_late_and_then_it_is_quiet(bench: Bench) -> None:
     for arena, data in zip(bench.tx.arenas, before, strict=True):
         arena[:] = data
     same(WRITES, bench.tx, bench.rx)
+
+
+def test_a_source_that_is_read_late_is_not_free(bench: Bench) -> None:
+    bench.faults.fail_late(0, after_nbytes=10, reading=True)
+    ticket = bench.submit()
+    assert bench.failed(ticket) == Failed(ticket, "injected", quiescent=False, source_free=False)
+    bench.tx.arenas[0][:1000] = b"z" * 1000  # which one must not
+    bench.faults.land(0)
+    bench.until(lambda: ticket in bench.tx.quiesced, "the end of it")
+    assert bench.rx.arenas[0][10:1000] == b"z" * 990
 
 
 def test_late_bytes_do_not_land_behind_a_fence(bench: Bench) -> None:

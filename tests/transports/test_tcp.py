@@ -16,6 +16,7 @@ from kvpoll_tcp import TcpTransport, lane
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.receiver import Listener, Reader
 from kvpoll_tcp.stream import Stream
+from kvpoll_tcp.wire import Ack, Entry, Head, Verdict
 from tests.transports import raw
 from tests.transports.harness import HUGE, MIB, Pair, Side, footprint, until
 from tests.transports.suite import TransportSuite
@@ -224,6 +225,27 @@ def test_a_link_that_breaks_with_bytes_on_their_way_is_not_quiescent(
     gate.set()
     ends = pair.ended(*tickets)
     assert [(end.quiescent, end.source_free) for end in ends] == [(False, True), (True, True), (True, True)]  # type: ignore[union-attr]
+
+
+def test_a_receiver_that_answers_before_it_has_read_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word would free a source that is still being sent, and what is written there next would be sent to it."""
+    gate, land = threading.Event(), Reader._land
+
+    def lie(self: Reader, head: Head, entries: list[Entry]) -> Verdict:
+        self._socket.sendall(Ack(head.ticket, head.index, Verdict.landed).pack())
+        assert gate.wait(20)
+        return land(self, head, entries)
+
+    monkeypatch.setattr(Reader, "_land", lie)
+    small = {"buffer_nbytes": 1 << 16}
+    pair = Pair(Side(TcpTransport(**small), filled=True), Side(TcpTransport(**small)))
+    link = pair.tx.connect(pair.rx)
+    ticket = link.submit([Write(0, 0, 0, MIB)], pair.rx.grant())
+    end = pair.failed(ticket)
+    assert "before it was sent" in end.reason
+    assert (end.quiescent, end.source_free) == (False, True)
+    gate.set()
+    pair.close()
 
 
 def test_connecting_takes_no_longer_than_allowed() -> None:

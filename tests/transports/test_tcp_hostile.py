@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,6 +35,10 @@ class Scene(Pair):
         """The good link does, and its byte is taken back."""
         self.done(self.link.submit([Write(0, 1, 0, 1)], self.rx.grant(Range(0, 0, 1))))
         self.rx.arenas[0][0] = 0
+
+    def refused(self) -> dict[str, int]:
+        transport: Any = self.rx.transport
+        return dict(transport.refused())
 
     def unharmed(self) -> None:
         self.still_works()
@@ -65,7 +70,7 @@ def wrong_version(visitor: Raw) -> None:
     ours = hello(visitor.peer["incarnation"], version=2)
     visitor.send(ours)
     theirs = visitor.read(raw.HELLO_NBYTES)
-    assert theirs.startswith(hello(visitor.peer["incarnation"], b""))  # says which version it speaks
+    assert theirs.startswith(hello(visitor.peer["incarnation"], b"", writer=b""))  # says which version it speaks
     with contextlib.suppress(ConnectionError):  # dropped already
         visitor.send(raw.proof(visitor.peer["secret"], b"kvpoll-tcp sender", ours, theirs))
 
@@ -290,6 +295,58 @@ def test_connections_are_limited() -> None:
     scene.close()
 
 
+def test_connections_of_one_address_are_limited() -> None:
+    scene = Scene(max_connections_per_peer=2)
+    with Raw(scene.descriptor), Raw(scene.descriptor, shake_hands=False) as third:
+        ours = hello(third.peer["incarnation"])
+        third.send(ours)
+        third.send(raw.proof(third.peer["secret"], b"kvpoll-tcp sender", ours, third.read(raw.HELLO_NBYTES)))
+        assert third.is_dropped()
+        Raw(scene.descriptor, source="127.0.0.2").close()
+    assert scene.refused() == {"too many connections": 1}
+    scene.unharmed()
+    scene.close()
+
+
+def test_a_flood_from_one_address_does_not_put_out_strangers_from_another() -> None:
+    scene = Scene(handshake_s=60, max_strangers=4)
+    with Raw(scene.descriptor, shake_hands=False, source="127.0.0.2") as honest:
+        flood = [Raw(scene.descriptor, shake_hands=False, source="127.0.0.3") for _ in range(40)]
+        until(lambda: scene.refused().get("too many that have not proved themselves") == 37, "the flood to be cut")
+        honest.shake_hands()
+        honest.send(frame(scene.rx.grant(), [entry(0, 1, 0)], b"\0"))
+        assert honest.verdict() == 0
+        for visitor in flood:
+            visitor.close()
+    scene.unharmed()
+    scene.close()
+
+
+def test_a_token_is_good_for_the_first_writer_alone(scene: Scene) -> None:
+    token = scene.rx.grant()
+    with (
+        Raw(scene.descriptor) as first,
+        Raw(scene.descriptor, writer=b"v" * 16) as thief,
+        Raw(scene.descriptor) as lane,
+    ):
+        for visitor, verdict in ((first, 0), (thief, 1), (lane, 0), (thief, 1)):
+            visitor.send(frame(token, [entry(0, 1, 0)], b"\0" if verdict == 0 else b"!"))
+            assert visitor.verdict() == verdict
+    assert scene.refused() == {"a write under the token of another writer": 2}
+    scene.unharmed()
+
+
+def test_a_flood_of_strangers_fills_no_log(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for _ in range(100):
+        with Raw(scene.descriptor, shake_hands=False) as visitor:
+            visitor.send(bytes(raw.HELLO_NBYTES))
+            assert visitor.is_dropped()
+    until(lambda: scene.refused() == {"does not speak our protocol": 100}, "the count")
+    assert len(caplog.records) == 7
+    scene.unharmed()
+
+
 # Receivers that are none
 
 
@@ -340,7 +397,7 @@ def greet(sock: socket.socket, impostor: Impostor, **wrong: object) -> None:
         (lambda sock, me: greet(sock, me, secret=b"s" * 32), "secret"),
         (lambda sock, me: greet(sock, me, version=9), "version 9"),
         (lambda sock, me: greet(sock, me, incarnation=b"i" * 16), "restarted"),
-        (lambda sock, me: sock.sendall(b"SSH-2.0-OpenSSH_9.9 hello from somebody else altogether........"), "protocol"),
+        (lambda sock, me: sock.sendall(b"SSH-2.0-OpenSSH_9.9\r\n" * 5), "protocol"),
         (lambda sock, me: sock.shutdown(socket.SHUT_RDWR), ""),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Completion, Done, Failed, Fenced, Progress, Range, Write
 from kvpoll_tcp import wire
-from kvpoll_tcp.backlog import Backlog, Job, cut
+from kvpoll_tcp.backlog import Backlog, Frame, Job, cut
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.grants import Grant, Grants
 from kvpoll_tcp.mailbox import Mailbox
@@ -40,7 +40,7 @@ def test_the_wire_format_does_not_change_by_accident() -> None:
         "4b5601010100000002000000000000000500000001000000" + TOKEN.hex() + "03000000050000000400000000000000"
     )
     assert Ack(2, 1, Verdict.revoked).pack().hex() == "4b560203010000000200000000000000"
-    assert Hello(1, b"i" * 16, b"n" * 32).pack() == b"KVPOLTCP\x01\x00" + b"i" * 16 + b"n" * 32
+    assert Hello(1, b"i" * 16, b"n" * 32).pack() == b"KVPOLTCP\x01\x00" + b"i" * 16 + b"n" * 32 + bytes(16)
 
 
 @given(st.binary(min_size=wire.HEAD_NBYTES, max_size=wire.HEAD_NBYTES), st.binary(max_size=80))
@@ -122,14 +122,21 @@ def backlog_of(*nbytes: int) -> Backlog:
     return backlog
 
 
+def sent(backlog: Backlog) -> Frame:
+    """The next frame, every byte of which has left."""
+    frame, _ = backlog.take_frame()
+    backlog.frame_left()
+    return frame
+
+
 def answer(backlog: Backlog, ticket: int, index: int = 0, verdict: Verdict = Verdict.landed) -> list[Completion]:
     return backlog.answered(Ack(ticket, index, verdict), now=5.0)
 
 
 def test_a_ticket_is_done_with_its_last_answer() -> None:
     backlog = backlog_of(2 * FRAME_NBYTES)
-    assert backlog.take_frame()[0].last is False
-    assert backlog.take_frame()[0].last is True
+    assert sent(backlog).last is False
+    assert sent(backlog).last is True
     assert not backlog.has_frames
     assert answer(backlog, 0) == [Progress(0, FRAME_NBYTES)]
     assert answer(backlog, 0, 1) == [Done(0)]
@@ -139,7 +146,7 @@ def test_a_ticket_is_done_with_its_last_answer() -> None:
 
 def test_a_cancel_stops_what_has_not_left() -> None:
     backlog = backlog_of(3 * FRAME_NBYTES, 10)
-    backlog.take_frame()
+    sent(backlog)
     assert backlog.cancel(0, 3.0) == []
     assert backlog.stopping_since == 3.0
     assert backlog.cancel(0, 4.0) == []
@@ -152,25 +159,25 @@ def test_a_cancel_stops_what_has_not_left() -> None:
 
 def test_a_cancel_of_what_has_all_left_may_still_be_done() -> None:
     backlog = backlog_of(10)
-    backlog.take_frame()
+    sent(backlog)
     assert backlog.cancel(0, 3.0) == []
     assert answer(backlog, 0) == [Done(0)]
 
 
 def test_a_refusal_stops_the_ticket_and_no_other() -> None:
     backlog = backlog_of(3 * FRAME_NBYTES, 10)
-    backlog.take_frame()
-    backlog.take_frame()
+    sent(backlog)
+    sent(backlog)
     assert answer(backlog, 0, 0, Verdict.revoked) == []
     assert answer(backlog, 0, 1) == [Failed(0, Verdict.revoked.reason, quiescent=True)]
-    assert backlog.take_frame()[0].nbytes == 10
+    assert sent(backlog).nbytes == 10
     assert answer(backlog, 1) == [Done(1)]
 
 
 def test_a_break_leaves_only_unanswered_tickets_in_doubt() -> None:
     backlog = backlog_of(10, 2 * FRAME_NBYTES, 10)
-    backlog.take_frame()
-    backlog.take_frame()
+    sent(backlog)
+    sent(backlog)
     answer(backlog, 0)
     assert backlog.abandon("gone") == [
         Failed(1, "gone", quiescent=False, source_free=True),
@@ -183,9 +190,23 @@ def test_answers_come_in_turn() -> None:
     backlog = backlog_of(10, 10)
     with pytest.raises(MalformedMessage):
         answer(backlog, 0)
-    backlog.take_frame()
+    sent(backlog)
     with pytest.raises(MalformedMessage):
         answer(backlog, 1)
+
+
+def test_an_answer_to_a_frame_that_has_not_left_is_a_lie() -> None:
+    """Believed, it would free a source whose bytes are still being sent."""
+    backlog = backlog_of(10, 10)
+    sent(backlog)
+    backlog.take_frame()
+    assert answer(backlog, 0) == [Done(0)]
+    with pytest.raises(MalformedMessage, match="before it was sent"):
+        answer(backlog, 1)
+    assert backlog.abandon("gone") == [Failed(1, "gone", quiescent=False)]
+    backlog.add(Job(2, [Write(0, 0, 0, 5)], TOKEN))
+    sent(backlog)
+    assert answer(backlog, 2) == [Done(2)]
 
 
 # Grants

@@ -22,6 +22,7 @@ class Plan:
         failure: It ends Failed, for this reason.
         after_nbytes: So many bytes are written first.
         late: It ends Failed without being quiescent, and what it did not write is written later.
+        reading: What is written later is read from the source only then.
         landing: Now is later.
         flips: Positions in the ticket's bytes where one bit arrives wrong.
     """
@@ -30,6 +31,7 @@ class Plan:
     failure: str | None = None
     after_nbytes: int = 0
     late: bool = False
+    reading: bool = False
     landing: bool = False
     flips: tuple[int, ...] = ()
 
@@ -72,9 +74,12 @@ class Faults:
         """End ticket `nth` Failed and quiescent, after a part of it was written."""
         self._change(nth, failure=reason, after_nbytes=after_nbytes)
 
-    def fail_late(self, nth: int, reason: str = "injected", after_nbytes: int = 0) -> None:
-        """End ticket `nth` Failed but not quiescent: the rest of its bytes lands at `land`, then Quiesced."""
-        self._change(nth, failure=reason, after_nbytes=after_nbytes, late=True)
+    def fail_late(self, nth: int, reason: str = "injected", after_nbytes: int = 0, *, reading: bool = False) -> None:
+        """End ticket `nth` Failed but not quiescent: the rest of its bytes lands at `land`, then Quiesced.
+
+        With `reading` the source is not free before, as with RDMA: what it holds then is what lands.
+        """
+        self._change(nth, failure=reason, after_nbytes=after_nbytes, late=True, reading=reading)
 
     def land(self, nth: int) -> None:
         """Let the bytes of a ticket that failed late arrive now, where its token still admits them."""

@@ -271,9 +271,10 @@ class MemoryLink:
         most = plan.after_nbytes - ticket.written if plan.failure is not None else step_nbytes
         problem = self._owner.copy(ticket, host, most, plan.flips)
         if problem is None and plan.failure is not None and plan.late:
-            self._owner.snapshot(ticket)
+            if not plan.reading:
+                self._owner.snapshot(ticket)
             self._late.append(ticket)
-            self._end(ticket, Failed(ticket.number, plan.failure, quiescent=False))
+            self._end(ticket, Failed(ticket.number, plan.failure, quiescent=False, source_free=not plan.reading))
         elif problem is not None or plan.failure is not None:
             self._end(ticket, Failed(ticket.number, problem or plan.failure or "", quiescent=True))
         elif ticket.is_complete:

@@ -122,6 +122,7 @@ class Backlog:
         self._jobs: dict[int, Job] = {}
         self._to_send: deque[Job] = deque()
         self._sent: deque[tuple[Job, Frame]] = deque()
+        self._leaving: Frame | None = None
         self._stopping: dict[int, float] = {}
 
     @property
@@ -140,13 +141,21 @@ class Backlog:
         self._to_send.append(job)
 
     def take_frame(self) -> tuple[Frame, bytes]:
-        """The next frame to send, and its head. It counts as sent even if only a part of it leaves."""
+        """The next frame to send, and its head. It counts as sent even if only a part of it leaves.
+
+        `frame_left` must follow once all of it has.
+        """
         job = self._to_send[0]
         frame, head = job.take_frame()
+        self._leaving = frame
         if not job.has_more:
             self._to_send.popleft()
         self._sent.append((job, frame))
         return frame, head
+
+    def frame_left(self) -> None:
+        """The kernel has every byte of the frame that was taken last: its source is not read any more."""
+        self._leaving = None
 
     def cancel(self, ticket: int, now: float) -> list[Completion]:
         """Send no further frame of a ticket; returns what there is to report."""
@@ -160,11 +169,14 @@ class Backlog:
         """The answer to the oldest frame sent; returns what there is to report.
 
         Raises:
-            MalformedMessage: It is not the answer to that frame.
+            MalformedMessage: It is not the answer to that frame, or comes before the frame has left: believed, it
+                would free a source that is still being read, and what is written there next would be sent.
         """
         if not self._sent:
             raise MalformedMessage("an answer to nothing")
         job, frame = self._sent.popleft()
+        if frame is self._leaving:
+            raise MalformedMessage(f"an answer to frame {frame.index} of ticket {job.ticket} before it was sent")
         if (ack.ticket, ack.index) != (job.ticket, frame.index):
             raise MalformedMessage(f"an answer to frame {ack.index} of ticket {ack.ticket} out of its turn")
         job.unanswered -= 1
@@ -181,6 +193,7 @@ class Backlog:
             self._forget(job)
         self._to_send.clear()
         self._sent.clear()
+        self._leaving = None
         return ends
 
     def _stop(self, job: Job, reason: str, now: float) -> None:

@@ -7,29 +7,35 @@ once it is revoked and nobody is inside.
 from __future__ import annotations
 
 import bisect
+import hmac
 import itertools
+import logging
 import secrets
 import threading
 from collections.abc import Sequence
 
+from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.spi import Fenced, Range
 from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.wire import TOKEN_NBYTES
 
 __all__ = ["Grant", "Grants"]
 
+_log = logging.getLogger("kvpoll_tcp")
+
 
 class Grant:
     """The ranges one token admits.
 
     `revoked` turns True once and is read without a lock: who is inside looks at it between any two system
-    calls, and `Grants.fence` waits until he has left.
+    calls, and `Grants.fence` waits until he has left. `writer` is who used the token first: nobody else may.
     """
 
-    __slots__ = ("_ends", "_starts", "fences", "inside", "revoked", "token")
+    __slots__ = ("_ends", "_starts", "fences", "inside", "revoked", "token", "writer")
 
     def __init__(self, token: bytes, ranges: Sequence[Range]) -> None:
         self.token = token
+        self.writer = b""
         self.revoked = False
         self.inside = 0
         self.fences: list[int] = []
@@ -58,9 +64,14 @@ class Grant:
 
 
 class Grants:
-    """All grants that are alive."""
+    """All grants that are alive.
+
+    Attributes:
+        refusals: Whom and what the transport turned away.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
+        self.refusals = Refusals("tcp", _log)
         self._lock = threading.Lock()
         self._outbox = outbox
         self._grants: dict[bytes, Grant] = {}
@@ -89,14 +100,18 @@ class Grants:
             self._outbox.put(Fenced(number))
         return number
 
-    def enter(self, token: bytes) -> Grant | None:
+    def enter(self, token: bytes, writer: bytes = b"?") -> Grant | None:
         """Go inside in order to write, or None if that is not allowed. Whoever enters must leave."""
         with self._lock:
             grant = self._grants.get(token)
             if grant is None or grant.revoked:
                 return None
-            grant.inside += 1
-            return grant
+            grant.writer = grant.writer or writer
+            if hmac.compare_digest(grant.writer, writer):
+                grant.inside += 1
+                return grant
+        self.refusals.add("a write under the token of another writer")
+        return None
 
     def leave(self, grant: Grant) -> None:
         """Promise to write no more."""

@@ -1,7 +1,7 @@
 """Both sides prove that they know the descriptor's secret, before anything else is read.
 
 Each proof covers both nonces and the prover's role, so that neither an old conversation nor the other side's
-own proof can be played back. What follows on the connection is neither encrypted nor signed.
+own proof can be played back. Without TLS, what follows on the connection is neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import secrets
 import socket
+import ssl
 import time
 from typing import Annotated
 
@@ -19,9 +21,13 @@ from msgspec import Meta
 
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_tcp import wire
-from kvpoll_tcp.sockets import Broken, receive_exactly, receive_timeout, send_timeout
+from kvpoll_tcp.contexts import FINGERPRINT_NBYTES
+from kvpoll_tcp.sockets import Broken, Refused, Sock, receive_exactly, receive_timeout, send_timeout
+from kvpoll_tcp.tls import TlsSocket, check_fingerprint
 
-__all__ = ["Descriptor", "Visitor", "new_identity", "prove_to_receiver", "read_descriptor"]
+__all__ = ["Descriptor", "Visitor", "call_securely", "new_identity", "prove_to_receiver", "read_descriptor"]
+
+WRONG_SECRET = "does not know our secret"
 
 _PROOF_NBYTES = 32
 _SENDER, _RECEIVER = b"kvpoll-tcp sender", b"kvpoll-tcp receiver"
@@ -39,6 +45,7 @@ class Descriptor(msgspec.Struct, frozen=True):
         port: Port of the listening socket.
         incarnation: Which start of the transport; changes with every one.
         secret: What both sides prove to know.
+        tls: SHA-256 of the certificate shown at that port; empty if it speaks no TLS.
     """
 
     version: int
@@ -46,6 +53,7 @@ class Descriptor(msgspec.Struct, frozen=True):
     port: Annotated[int, Meta(ge=1, lt=1 << 16)]
     incarnation: Incarnation
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    tls: Annotated[bytes, Meta(max_length=FINGERPRINT_NBYTES)] = b""
 
     def __repr__(self) -> str:
         return f"Descriptor({self})"
@@ -54,17 +62,37 @@ class Descriptor(msgspec.Struct, frozen=True):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def new_identity(host: str, port: int) -> Descriptor:
+def new_identity(host: str, port: int, tls: bytes = b"") -> Descriptor:
     """A descriptor with a fresh secret and incarnation."""
-    return Descriptor(wire.VERSION, host, port, secrets.token_bytes(wire.INCARNATION_NBYTES), secrets.token_bytes(32))
+    incarnation = secrets.token_bytes(wire.INCARNATION_NBYTES)
+    return Descriptor(wire.VERSION, host, port, incarnation, secrets.token_bytes(32), tls)
 
 
 def _proof(secret: bytes, role: bytes, sender: wire.Hello, receiver: wire.Hello) -> bytes:
     return hmac.new(secret, role + sender.pack() + receiver.pack(), hashlib.sha256).digest()
 
 
-def prove_to_receiver(sock: socket.socket, peer: Descriptor, within_s: float) -> None:
+def call_securely(sock: socket.socket, peer: Descriptor, context: ssl.SSLContext, within_s: float) -> TlsSocket:
+    """Begin TLS with the receiver whose descriptor we have.
+
+    Raises:
+        Broken: It is another one, or takes too long.
+        OSError: As TLS or the socket says.
+    """
+    secured = TlsSocket(sock, context, server_side=False, hostname=peer.host)
+    secured.shake_hands(time.monotonic() + within_s)
+    check_fingerprint(secured, peer.tls)
+    return secured
+
+
+def prove_to_receiver(sock: Sock, peer: Descriptor, within_s: float, writer: bytes = bytes(wire.WRITER_NBYTES)) -> None:
     """The sender's half: prove ourselves and check the receiver's proof.
+
+    Args:
+        sock: The connection.
+        peer: Whom we mean.
+        within_s: How long it may take.
+        writer: The number of our transport.
 
     Raises:
         Broken: The peer is another one, speaks another version, has another secret or takes too long.
@@ -73,7 +101,7 @@ def prove_to_receiver(sock: socket.socket, peer: Descriptor, within_s: float) ->
     """
     deadline = time.monotonic() + within_s
     send_timeout(sock, within_s)
-    ours = wire.Hello(wire.VERSION, peer.incarnation, secrets.token_bytes(wire.NONCE_NBYTES))
+    ours = wire.Hello(wire.VERSION, peer.incarnation, secrets.token_bytes(wire.NONCE_NBYTES), writer)
     sock.sendall(ours.pack(), socket.MSG_NOSIGNAL)
     theirs = wire.Hello.unpack(receive_exactly(sock, wire.HELLO_NBYTES, deadline))
     if theirs.version != wire.VERSION:
@@ -87,9 +115,14 @@ def prove_to_receiver(sock: socket.socket, peer: Descriptor, within_s: float) ->
 
 
 class Visitor:
-    """The receiver's half, in two steps so that the caller may turn away one who did prove himself."""
+    """The receiver's half, in two steps so that the caller may turn away one who did prove himself.
 
-    def __init__(self, sock: socket.socket, identity: Descriptor) -> None:
+    Attributes:
+        writer: The number of the transport that he is.
+    """
+
+    def __init__(self, sock: Sock, identity: Descriptor) -> None:
+        self.writer = b""
         self._socket = sock
         self._identity = identity
         self._answer = b""
@@ -109,10 +142,13 @@ class Visitor:
         # Answered even where we part ways, so that the visitor can say why.
         self._socket.sendall(ours.pack(), socket.MSG_NOSIGNAL)
         if theirs.version != wire.VERSION:
-            raise Broken(f"speaks version {theirs.version} of the wire format, we speak {wire.VERSION}")
+            raise Refused("speaks another version of the wire format", f"{theirs.version}, we speak {wire.VERSION}")
+        if theirs.incarnation != self._identity.incarnation:
+            raise Refused("means another start of this endpoint, or another endpoint")
         proof = receive_exactly(self._socket, _PROOF_NBYTES, deadline)
         if not hmac.compare_digest(proof, _proof(self._identity.secret, _SENDER, theirs, ours)):
-            raise Broken("does not know our secret")
+            raise Refused(WRONG_SECRET)
+        self.writer = theirs.writer
         self._answer = _proof(self._identity.secret, _RECEIVER, theirs, ours)
 
     def welcome(self) -> None:
@@ -126,6 +162,9 @@ class Visitor:
         self._socket.sendall(self._answer, socket.MSG_NOSIGNAL)
 
 
+_INTERFACE = re.compile(r"[A-Za-z0-9_-]{1,15}(\.[A-Za-z0-9_-]{1,15})*")
+
+
 def read_descriptor(data: bytes) -> Descriptor:
     """Read a descriptor.
 
@@ -134,9 +173,13 @@ def read_descriptor(data: bytes) -> Descriptor:
     """
     try:
         descriptor = msgspec.msgpack.decode(data, type=Descriptor)
-        ipaddress.ip_address(descriptor.host)
-    except ValueError as error:  # msgspec's errors are ValueErrors too
+        scope = getattr(ipaddress.ip_address(descriptor.host), "scope_id", None)
+        if scope is not None and not _INTERFACE.fullmatch(scope):
+            raise ValueError("an interface of an odd name")
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
         raise MalformedMessage(f"no descriptor of a tcp transport: {error}") from error
+    if len(descriptor.tls) not in (0, FINGERPRINT_NBYTES):
+        raise MalformedMessage("no descriptor of a tcp transport: its certificate's fingerprint is cut")
     if descriptor.version != wire.VERSION:
         raise MalformedMessage(
             f"the peer speaks version {descriptor.version} of the tcp wire format, we speak {wire.VERSION}"

@@ -62,8 +62,10 @@ class Lane:
         outbox: Outbox,
         status: LaneStatus,
         settings: TcpSettings,
+        writer: bytes,
     ) -> None:
         self._peer = peer
+        self._writer = writer
         self._sources = sources
         self._outbox = outbox
         self._status = status
@@ -129,7 +131,7 @@ class Lane:
         stream = self._stream
         if stream is None and (self._backlog.has_frames or not self._tried):
             self._tried = True
-            self._stream = Stream.open(self._plug, self._peer, self._settings)
+            self._stream = Stream.open(self._plug, self._peer, self._settings, self._writer)
             self._status.went_up()
         elif stream is None:
             self._mailbox.wait(None, None)
@@ -159,6 +161,7 @@ class Lane:
             advance(views, stream.send(views))
             if views:
                 self._look_up(stream)
+        self._backlog.frame_left()
 
     def _look_up(self, stream: Stream) -> None:
         """In the middle of a frame that does not move on: do what else there is to do."""

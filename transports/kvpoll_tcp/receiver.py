@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +18,8 @@ from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.grants import Grant, Grants
 from kvpoll_tcp.handshake import Descriptor, Visitor
 from kvpoll_tcp.settings import TcpSettings
-from kvpoll_tcp.sockets import Broken, Plug, advance, prepare, receive_timeout
+from kvpoll_tcp.sockets import Broken, Plug, Refused, Sock, advance, prepare, receive_timeout
+from kvpoll_tcp.tls import TlsSocket
 from kvpoll_tcp.wire import Ack, Entry, Head, Verdict
 
 __all__ = ["Landing", "Listener"]
@@ -37,10 +41,27 @@ class Landing:
     grants: Grants
 
 
+UNFINISHED = "left, or took too long, before the handshake was over"
+
+
+def _reason(error: Exception) -> str:
+    """Why somebody was turned away, in one of a few phrases."""
+    if isinstance(error, Refused):
+        return error.reason
+    if isinstance(error, MalformedMessage):
+        return "does not speak our protocol"
+    return "TLS failed" if isinstance(error, ssl.SSLError) else UNFINISHED
+
+
 class Listener:
-    """Accepts connections and keeps an eye on how many there are."""
+    """Accepts connections and keeps an eye on how many there are.
+
+    Attributes:
+        refusals: Whom and what was turned away.
+    """
 
     def __init__(self, identity: Descriptor, landing: Landing, settings: TcpSettings, crew: Crew) -> None:
+        self.refusals = landing.grants.refusals
         self._identity = identity
         self._landing = landing
         self._settings = settings
@@ -73,11 +94,12 @@ class Listener:
         """A stranger has proved himself.
 
         Raises:
-            Broken: There are too many already.
+            Refused: There are too many already.
         """
         with self._lock:
-            if len(self._known) >= self._settings.max_connections:
-                raise Broken(f"turned away: {len(self._known)} connections are open already")
+            same = sum(other.host == reader.host for other in self._known)
+            if len(self._known) >= self._settings.max_connections or same >= self._settings.max_connections_per_peer:
+                raise Refused("too many connections", f"{len(self._known)} are open, {same} of them from there")
             self._strangers.pop(reader, None)
             self._known.add(reader)
 
@@ -94,7 +116,7 @@ class Listener:
             except (OSError, RuntimeError) as error:
                 if not self._closing.is_set():
                     # Out of file descriptors or threads, as a rule: some will come free.
-                    _log.warning("cannot accept a connection: %s", error)
+                    self.refusals.add("a connection cannot be accepted", str(error))
                     self._closing.wait(0.1)
         self._plug.pull()
 
@@ -112,17 +134,23 @@ class Listener:
             raise
 
     def _make_room(self, reader: Reader) -> None:
-        """Count a stranger. Too many: the oldest goes, since an honest one does not stay one for long."""
+        """Count a stranger. Too many: one goes of those from where most come, the oldest."""
         with self._lock:
-            oldest = next(iter(self._strangers), None)
-            full = len(self._strangers) >= self._settings.max_strangers
-            if full and oldest is not None:
-                del self._strangers[oldest]
+            surplus = self._surplus() if len(self._strangers) >= self._settings.max_strangers else None
+            if surplus is not None:
+                del self._strangers[surplus]
             self._strangers[reader] = None
-        if full and oldest is not None:
-            oldest.cut()
+        if surplus is not None:
+            self.refusals.add("too many that have not proved themselves", f"from={surplus.peer}")
+            surplus.cut()
         if self._closing.is_set():
             reader.cut()
+
+    def _surplus(self) -> Reader:
+        """An honest stranger does not stay one for long, and does not come in crowds."""
+        crowds = Counter(reader.host for reader in self._strangers)
+        host, _ = crowds.most_common(1)[0]
+        return next(reader for reader in self._strangers if reader.host == host)
 
 
 class Reader:
@@ -130,28 +158,33 @@ class Reader:
 
     def __init__(self, sock: socket.socket, plug: Plug, peer: str, identity: Descriptor, landing: Landing) -> None:
         self.peer = peer
-        self._socket = sock
+        self._socket: Sock = sock
+        self._plain = sock
         self._plug = plug
+        self._is_cut = False
+        self._writer = b""
         self._identity = identity
         self._regions = landing.regions
         self._grants = landing.grants
         self._head = memoryview(bytearray(wire.HEAD_NBYTES + wire.ENTRY_NBYTES * wire.MAX_ENTRIES))
         self._sink = memoryview(bytearray(_SINK_NBYTES))
 
+    @property
+    def host(self) -> str:
+        """The network address it came from."""
+        return self.peer.rpartition(":")[0]
+
     def cut(self) -> None:
         """End the connection soon. For any thread."""
+        self._is_cut = True
         self._plug.cut()
 
     def run(self, listener: Listener, settings: TcpSettings) -> None:
         """The thread: the handshake, then frames until the connection ends."""
         try:
-            prepare(self._socket, settings)
-            visitor = Visitor(self._socket, self._identity)
-            visitor.check(settings.handshake_s)
-            listener.admit(self)
-            visitor.welcome()
-            while self._frame():
-                pass
+            if self._is_met(listener, settings):
+                while self._frame():
+                    pass
         except (OSError, MalformedMessage) as error:
             _log.info("connection from %s ended: %s", self.peer, error)
         except Exception:
@@ -161,6 +194,31 @@ class Reader:
         finally:
             self._plug.pull()
             listener.forget(self)
+
+    def _is_met(self, listener: Listener, settings: TcpSettings) -> bool:
+        """Let the visitor prove himself; False if he was turned away, which is counted."""
+        try:
+            self._meet(listener, settings)
+        except (OSError, MalformedMessage) as error:
+            if not self._is_cut:
+                reason = _reason(error)
+                level = logging.INFO if reason == UNFINISHED else logging.WARNING
+                listener.refusals.add(reason, f"from={self.peer} {error}", level)
+            return False
+        return True
+
+    def _meet(self, listener: Listener, settings: TcpSettings) -> None:
+        prepare(self._plain, settings)
+        deadline = time.monotonic() + settings.handshake_s
+        if settings.tls is not None:
+            secured = TlsSocket(self._plain, settings.tls[0], server_side=True)
+            secured.shake_hands(deadline)
+            self._socket = secured
+        visitor = Visitor(self._socket, self._identity)
+        visitor.check(deadline - time.monotonic())
+        listener.admit(self)
+        visitor.welcome()
+        self._writer = visitor.writer
 
     def _frame(self) -> bool:
         """Read one frame and answer it; False once the peer has closed the connection between two."""
@@ -177,7 +235,7 @@ class Reader:
     def _land(self, head: Head, entries: list[Entry]) -> Verdict:
         """Read the payload into place, or into the sink what may not go there."""
         verdict, left = Verdict.unknown_token, head.nbytes
-        grant = self._grants.enter(head.token)
+        grant = self._grants.enter(head.token, self._writer)
         if grant is not None:
             try:
                 verdict, left = self._pour(grant, entries, left)
@@ -190,6 +248,7 @@ class Reader:
         """Read into place until all is there or the grant is revoked; returns how much was not read."""
         # What is granted lies inside its region, so this checks against both.
         if not all(grant.admits(region, offset, nbytes) for region, nbytes, offset in entries):
+            self._grants.refusals.add("a write outside the granted ranges", f"from={self.peer}")
             return Verdict.out_of_range, left
         views = [self._regions[region][offset : offset + nbytes] for region, nbytes, offset in entries]
         receive_timeout(self._socket, _FENCE_LOOK_S)

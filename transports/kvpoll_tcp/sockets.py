@@ -13,6 +13,8 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from kvpoll_fsm.errors import TransportUnavailable
 from kvpoll_tcp.settings import TcpSettings, require_reachable, split_advertised
@@ -20,6 +22,8 @@ from kvpoll_tcp.settings import TcpSettings, require_reachable, split_advertised
 __all__ = [
     "Broken",
     "Plug",
+    "Refused",
+    "Sock",
     "advance",
     "advertised",
     "connect",
@@ -36,6 +40,52 @@ _SAME_HOST_BUFFER_NBYTES = 1 << 20
 
 class Broken(ConnectionError):
     """The connection is of no use any more; the text says why."""
+
+
+class Refused(Broken):
+    """Somebody is turned away.
+
+    Attributes:
+        reason: One of a few; what is known of the one goes into the text.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Sock(Protocol):
+    """The calls of a connected socket that this transport makes; with TLS it is something else that has them."""
+
+    def fileno(self) -> int:
+        """To poll."""
+        ...
+
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None:
+        """Set a timeout."""
+        ...
+
+    def recv(self, nbytes: int, flags: int = 0, /) -> bytes:
+        """At most so many bytes; none once the peer has closed."""
+        ...
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0) -> int:
+        """The same, into place."""
+        ...
+
+    def recvmsg_into(
+        self, buffers: Sequence[memoryview], ancillary: int = 0, flags: int = 0, /
+    ) -> tuple[int, list[Any], int, Any]:
+        """The same, into several places."""
+        ...
+
+    def sendall(self, data: bytes, flags: int = 0, /) -> None:
+        """All of it."""
+        ...
+
+    def sendmsg(self, buffers: Sequence[memoryview], ancillary: tuple[()] = (), flags: int = 0, /) -> int:
+        """The first bytes of several places; says how many. After BlockingIOError come the same bytes again."""
+        ...
 
 
 class Plug:
@@ -175,17 +225,17 @@ def prepare(sock: socket.socket, settings: TcpSettings) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, nbytes)
 
 
-def receive_timeout(sock: socket.socket, seconds: float) -> None:
+def receive_timeout(sock: Sock, seconds: float) -> None:
     """Make a blocking receive return after so long; 0 waits for ever."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
 
-def send_timeout(sock: socket.socket, seconds: float) -> None:
+def send_timeout(sock: Sock, seconds: float) -> None:
     """Make a blocking send return after so long; 0 waits for ever."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
 
 
-def receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
+def receive_exactly(sock: Sock, nbytes: int, deadline: float) -> bytes:
     """Read so many bytes before `deadline`, on `time.monotonic`'s clock.
 
     Raises:

@@ -8,9 +8,9 @@ import struct
 import termios
 import time
 
-from kvpoll_tcp.handshake import Descriptor, prove_to_receiver
+from kvpoll_tcp.handshake import Descriptor, call_securely, prove_to_receiver
 from kvpoll_tcp.settings import TcpSettings
-from kvpoll_tcp.sockets import Broken, Plug, connect, send_timeout
+from kvpoll_tcp.sockets import Broken, Plug, Sock, connect, send_timeout
 from kvpoll_tcp.wire import ACK_NBYTES, Ack
 
 __all__ = ["SEND_LOOK_S", "Stream"]
@@ -24,22 +24,26 @@ _COUNT = struct.Struct("@i")
 class Stream:
     """A connection on which the handshake has succeeded. Used by one thread; `Plug.cut` is for the others."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Sock) -> None:
         self._socket = sock
         self._rest = b""
         self._moved_at = time.monotonic()
         self._outgoing_nbytes = 0
 
     @classmethod
-    def open(cls, plug: Plug, peer: Descriptor, settings: TcpSettings) -> Stream:
-        """Connect and shake hands.
+    def open(cls, plug: Plug, peer: Descriptor, settings: TcpSettings, writer: bytes) -> Stream:
+        """Connect and shake hands, as the transport of number `writer`.
 
         Raises:
             OSError: Not reached, cut off, or not the peer we mean (`Broken`).
             MalformedMessage: Whoever answers does not speak our protocol.
         """
-        sock = connect(plug, peer.host, peer.port, settings)
-        prove_to_receiver(sock, peer, settings.handshake_s)
+        plain = connect(plug, peer.host, peer.port, settings)
+        deadline = time.monotonic() + settings.handshake_s
+        sock: Sock = plain
+        if settings.tls is not None:
+            sock = call_securely(plain, peer, settings.tls[1], settings.handshake_s)
+        prove_to_receiver(sock, peer, deadline - time.monotonic(), writer)
         send_timeout(sock, SEND_LOOK_S)
         return cls(sock)
 
@@ -68,14 +72,19 @@ class Stream:
             MalformedMessage: It sent something else.
             OSError: As the socket says.
         """
+        data = self._rest
         try:
-            data = self._socket.recv(_ANSWERS_NBYTES, socket.MSG_DONTWAIT)
+            while True:
+                more = self._socket.recv(_ANSWERS_NBYTES, socket.MSG_DONTWAIT)
+                if not more:
+                    raise Broken("the peer closed the connection")
+                data += more
+                if len(more) < _ANSWERS_NBYTES:  # else TLS may hold some that no poll of the socket shows
+                    break
         except BlockingIOError:
-            return []
-        if not data:
-            raise Broken("the peer closed the connection")
+            if len(data) == len(self._rest):
+                return []
         self._moved_at = time.monotonic()
-        data = self._rest + data
         whole = len(data) - len(data) % ACK_NBYTES
         self._rest = data[whole:]
         return Ack.unpack_all(data[:whole])

@@ -6,13 +6,15 @@ import atexit
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from kvpoll_fsm.errors import InvalidInput, MalformedMessage, TransportUnavailable
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, LinkDown, Range, Region
+from kvpoll_tcp.contexts import check_verifies, fingerprint_of
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.grants import Grants
 from kvpoll_tcp.handshake import Descriptor, new_identity, read_descriptor
@@ -22,8 +24,12 @@ from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.receiver import Landing, Listener
 from kvpoll_tcp.settings import TcpSettings
 from kvpoll_tcp.sockets import advertised, listen
+from kvpoll_tcp.wire import WRITER_NBYTES
 
 __all__ = ["TcpTransport"]
+
+
+_BOTH_OR_NONE = "give both endpoints transport_options={'tcp': {'tls': (server context, client context)}}, or neither"
 
 
 class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +42,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
 class TcpTransport:
     """Writes over TCP, one listening socket per instance. Follows `kvpoll_fsm.spi.Transport`.
 
-    Authenticated by a secret in the descriptor, bounds-checked by the receiver, neither encrypted nor signed.
+    Authenticated by a secret in the descriptor, bounds-checked by the receiver; encrypted with `tls` only.
     All methods are called from one thread; only `completions` and `fileno` may be called after `close`.
     """
 
@@ -72,6 +78,7 @@ class TcpTransport:
         self._listener: Listener | None = None
         self._identity: Descriptor | None = None
         self._pid = os.getpid()
+        self._writer = secrets.token_bytes(WRITER_NBYTES)
 
     def start(self) -> None:
         """Open the port and start to listen.
@@ -96,7 +103,8 @@ class TcpTransport:
         listening = undo.enter_context(listen(self._settings))
         self._outbox.open()
         undo.callback(self._outbox.close)
-        self._identity = new_identity(*advertised(listening, self._settings))
+        tls = b"" if self._settings.tls is None else fingerprint_of(self._settings.tls[0])
+        self._identity = new_identity(*advertised(listening, self._settings), tls)
         self._listener = Listener(self._identity, Landing(self._regions, self._grants), self._settings, self._crew)
         self._listener.start(listening)
 
@@ -148,19 +156,26 @@ class TcpTransport:
         """A link to the peer that sent these descriptors; `LinkUp` or `LinkDown` follows.
 
         Raises:
-            InvalidInput: A descriptor cannot be read.
+            InvalidInput: A descriptor cannot be read, or our TLS would verify nothing there.
+            TransportUnavailable: One of us has TLS and the other has not.
         """
         peer = _read_peer(descriptor, regions)
+        self._check_tls(peer)
         number = next(self._link_numbers)
         status = LinkStatus(number, self._outbox)
         settings = self._settings
-        lanes = [Lane(peer, self._regions, self._outbox, status, settings) for _ in range(settings.streams)]
+        shared = (self._regions, self._outbox, status, settings, self._writer)
+        lanes = [Lane(peer, *shared) for _ in range(settings.streams)]
         most = self.capabilities.scatter_entries
         link = TcpLink(number, lanes, self._regions, self._outbox, self._tickets, most)
         self._links = [other for other in self._links if not other.is_closed]
         self._links.append(link)
         self._start_lanes(link, lanes)
         return link
+
+    def refused(self) -> Mapping[str, int]:
+        """How many connections and writes were turned away, by reason. For any thread."""
+        return self._grants.refusals.counts()
 
     def completions(self) -> list[Completion]:
         """What has happened since the last call, in order."""
@@ -187,6 +202,16 @@ class TcpTransport:
         self._links.clear()
         self._regions.clear()
 
+    def _check_tls(self, peer: Descriptor) -> None:
+        """TLS is never left out because the other side has none."""
+        tls = self._settings.tls
+        if tls is not None and peer.tls:
+            check_verifies(tls[1], peer.host)
+        elif tls is not None:
+            raise TransportUnavailable(self.name, f"the data port of {peer} has no TLS, and we have", _BOTH_OR_NONE)
+        elif peer.tls:
+            raise TransportUnavailable(self.name, f"the data port of {peer} wants TLS, and we have none", _BOTH_OR_NONE)
+
     def _start_lanes(self, link: TcpLink, lanes: Sequence[Lane]) -> None:
         try:
             for number, lane in enumerate(lanes):
@@ -206,5 +231,5 @@ def _read_peer(descriptor: bytes, regions: Sequence[bytes]) -> Descriptor:
         for region in regions:
             msgspec.msgpack.decode(region, type=RegionDescriptor)
         return read_descriptor(descriptor)
-    except (msgspec.DecodeError, MalformedMessage) as error:
+    except (msgspec.DecodeError, MalformedMessage, RecursionError) as error:
         raise InvalidInput(f"not the descriptors of a tcp transport: {error}") from error

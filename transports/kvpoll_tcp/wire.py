@@ -2,10 +2,13 @@
 
 Opening, once. Nothing counts before both sides have proved that they know the secret of the descriptor:
 
-    sender -> receiver   Hello   8s magic "KVPOLTCP"  H version  16s incarnation meant  32s nonce
-    receiver -> sender   Hello   8s magic "KVPOLTCP"  H version  16s incarnation found  32s nonce
+    sender -> receiver   Hello   8s magic "KVPOLTCP"  H version  16s incarnation meant  32s nonce  16s writer
+    receiver -> sender   Hello   8s magic "KVPOLTCP"  H version  16s incarnation found  32s nonce  16s zero
     sender -> receiver   Proof   32s HMAC-SHA256(secret, role | sender's Hello | receiver's Hello)
     receiver -> sender   Proof   the same for the other role
+
+The writer is the sending transport: all its connections give the same number, nobody else knows it. A token is
+good for the first writer that uses it. Where both ends have TLS, all of this is said inside it.
 
 Then frames, sender -> receiver, each at most 4 MiB of payload:
 
@@ -62,8 +65,9 @@ MAX_OFFSET = (1 << 63) - 1
 TOKEN_NBYTES = 16
 NONCE_NBYTES = 32
 INCARNATION_NBYTES = 16
+WRITER_NBYTES = 16
 
-_HELLO = struct.Struct(f"<8sH{INCARNATION_NBYTES}s{NONCE_NBYTES}s")
+_HELLO = struct.Struct(f"<8sH{INCARNATION_NBYTES}s{NONCE_NBYTES}s{WRITER_NBYTES}s")
 _HEAD = struct.Struct(f"<HBBIQIHH{TOKEN_NBYTES}s")
 _ENTRY = struct.Struct("<HHIQ")
 _ACK = struct.Struct("<HBBIQ")
@@ -96,7 +100,7 @@ class Verdict(enum.IntEnum):
 
 _REASONS = {
     Verdict.landed: "the bytes are in place",
-    Verdict.unknown_token: "the receiver does not know the token, or has revoked it",
+    Verdict.unknown_token: "the receiver does not know the token, or not from this writer, or has revoked it",
     Verdict.out_of_range: "a write lies outside the ranges that the token admits",
     Verdict.revoked: "the receiver revoked the token while the bytes were arriving",
 }
@@ -109,10 +113,11 @@ class Hello:
     version: int
     incarnation: bytes
     nonce: bytes
+    writer: bytes = bytes(WRITER_NBYTES)
 
     def pack(self) -> bytes:
         """As bytes."""
-        return _HELLO.pack(MAGIC, self.version, self.incarnation, self.nonce)
+        return _HELLO.pack(MAGIC, self.version, self.incarnation, self.nonce, self.writer)
 
     @classmethod
     def unpack(cls, data: bytes) -> Hello:
@@ -121,10 +126,10 @@ class Hello:
         Raises:
             MalformedMessage: Somebody who does not speak this protocol.
         """
-        magic, version, incarnation, nonce = _HELLO.unpack(data)
+        magic, version, incarnation, nonce, writer = _HELLO.unpack(data)
         if magic != MAGIC:
             raise MalformedMessage("does not speak the kvpoll tcp protocol")
-        return cls(version, incarnation, nonce)
+        return cls(version, incarnation, nonce, writer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,113 @@
+"""The transports of one endpoint: started, asked for news, and given up when one breaks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.control import Control
+from kvpoll_fsm.errors import TransportUnavailable
+from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.spi import Completion, Transport
+
+__all__ = ["Carriers"]
+
+log = logging.getLogger("kvpoll_fsm")
+
+
+class Carriers:
+    """Used by the driver's thread alone.
+
+    Attributes:
+        live: The transports that work, by name. All who use transports share it.
+        fatal: Why the endpoint has to end: no transport is left, or of one nobody can say whether it still writes.
+        blind: Some transport has no file descriptor and must be asked.
+    """
+
+    def __init__(self, transports: Mapping[str, Transport], control: Control) -> None:
+        self.live = dict(transports)
+        self.fatal: TransportUnavailable | None = None
+        self._control = control
+        self._watched: dict[str, int] = {}
+        self._lost: Callable[[str, str], None] = lambda name, why: None
+
+    @property
+    def blind(self) -> bool:
+        """Some transport has no file descriptor and must be asked."""
+        return len(self._watched) < len(self.live)
+
+    def start(self, pool: BlockPool) -> tuple[TransportOffer, ...]:
+        """Start those that can work here; the others are left out, if any can.
+
+        Raises:
+            TransportUnavailable: None can; the reason of the first.
+        """
+        offers: list[TransportOffer] = []
+        refusals: list[TransportUnavailable] = []
+        for name, transport in list(self.live.items()):
+            try:
+                offers.append(_start(name, transport, pool))
+            except TransportUnavailable as error:
+                log.warning("transport left out: %s", error)
+                refusals.append(error)
+                del self.live[name]
+                transport.close()
+        if not offers:
+            raise refusals[0]
+        return tuple(offers)
+
+    def watch(self, lost: Callable[[str, str], None]) -> None:
+        """Wake the driver when there is news, and call `lost` with (name, why) when a transport was given up."""
+        self._lost = lost
+        for name, transport in self.live.items():
+            fd = transport.fileno()
+            if fd is not None:
+                self._control.watch(fd)
+                self._watched[name] = fd
+
+    def news(self) -> Iterator[tuple[str, Completion]]:
+        """What has happened since the last call."""
+        for name, transport in list(self.live.items()):
+            try:
+                completions = transport.completions()
+            except Exception as error:  # a transport's own code may raise anything
+                self.give_up(name, error)
+                continue
+            for completion in completions:
+                yield name, completion
+
+    def give_up(self, name: str, error: Exception) -> None:
+        """Close a transport that broke. What is closed writes no byte and reads none: that ends all it was to do."""
+        transport = self.live.pop(name, None)
+        if transport is None:
+            return
+        why = f"given up after {type(error).__name__}: {error}"
+        log.error("transport %s: %s", name, why)
+        fd = self._watched.pop(name, None)
+        if fd is not None:
+            self._control.unwatch(fd)
+        if not self.live:
+            self.fatal = TransportUnavailable(name, why, "no other is left")
+        try:
+            transport.close()
+        except Exception as worse:
+            # Blocks it may still write to must not be given to anybody: nothing it was to do is reported as ended.
+            self.fatal = TransportUnavailable(name, f"{why}; nor can it be closed: {worse!r}")
+            return
+        self._lost(name, why)
+
+    def close(self) -> None:
+        """Close all that are left."""
+        for name, transport in self.live.items():
+            try:
+                transport.close()
+            except Exception as error:  # the others must be closed too
+                log.exception("transport %s did not close", name)
+                self.fatal = TransportUnavailable(name, f"cannot be closed: {error!r}")
+
+
+def _start(name: str, transport: Transport, pool: BlockPool) -> TransportOffer:
+    transport.start()
+    regions = tuple(transport.register(region) for region in pool.regions())
+    return TransportOffer(name, transport.descriptor(), regions)

@@ -1,0 +1,70 @@
+"""What other threads want done on the driver's thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Inbox"]
+
+log = logging.getLogger("kvpoll_fsm")
+Task = Callable[[], None]
+
+
+class Inbox:
+    """Tasks in their order, and a file descriptor that is readable when one has come.
+
+    `put` is for any thread, and for signal handlers.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: deque[Task] = deque()
+        self._fd = -1
+        self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def open(self) -> int:
+        """Make the file descriptor, and return it."""
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        return self._fd
+
+    def put(self, task: Task) -> None:
+        """Leave a task and wake who is to do it."""
+        self._tasks.append(task)
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def heard(self, readable: set[int]) -> None:
+        """Let the file descriptor be quiet until the next task comes."""
+        if self._fd in readable:
+            os.eventfd_read(self._fd)
+
+    def run(self) -> None:
+        """Do what is there now; a task that raises is logged and keeps no other."""
+        for _ in range(len(self._tasks)):
+            try:
+                task = self._tasks.popleft()
+            except IndexError:  # after the end, another thread was faster
+                return
+            try:
+                task()
+            except Exception:  # a host's request must not end the others' rooms
+                log.exception("request failed")
+
+    def abandon(self) -> None:
+        """Run what is still asked, so that every future ends, if to no effect."""
+        while self._tasks:
+            self.run()
+
+    def close(self) -> None:
+        """Close the file descriptor. May be called twice."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)

@@ -1,0 +1,37 @@
+"""Certificates made for a test: one authority, and contexts for both ends of a connection."""
+
+from __future__ import annotations
+
+import functools
+import ssl
+
+import trustme
+
+HOSTS = ("127.0.0.1", "::1", "localhost")
+
+Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
+
+
+@functools.cache
+def authority(name: str = "ours") -> trustme.CA:
+    """A certificate authority; another name is another one."""
+    return trustme.CA(organization_name=name)
+
+
+def server_context(name: str = "ours") -> ssl.SSLContext:
+    """For a receiver, with a certificate of its own for the addresses of this machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority(name).issue_cert(*HOSTS).configure_cert(context)
+    return context
+
+
+def client_context(name: str = "ours") -> ssl.SSLContext:
+    """For a sender that trusts this authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority(name).configure_trust(context)
+    return context
+
+
+def contexts(name: str = "ours") -> Contexts:
+    """What the transport takes as `tls`."""
+    return server_context(name), client_context(name)

@@ -1,0 +1,243 @@
+"""The receiving side: lets senders in, maps their arenas, and copies what they order into ours."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import socket
+import traceback
+from collections import deque
+from collections.abc import Callable
+
+from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_fsm.refusals import Refusals
+from kvpoll_shm import hosts, wire
+from kvpoll_shm.copying import Copying, Landing
+from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_shm.loop import Reactor
+from kvpoll_shm.pipe import Pipe, Refused
+from kvpoll_shm.settings import ShmSettings
+from kvpoll_shm.wire import Cancel, End, Hello, Message, Order, Proof, Ready, Regions, Verdict
+
+__all__ = ["Listener"]
+
+_log = logging.getLogger("kvpoll_shm")
+
+_PAUSE_S = 0.1
+UNFINISHED = "left, or took too long, before the handshake was over"
+
+
+class Listener:
+    """The socket that senders connect to, and all who did. Used by the reactor's thread alone.
+
+    Attributes:
+        refusals: Whom and what was turned away.
+    """
+
+    def __init__(self, identity: Descriptor, landing: Landing, settings: ShmSettings, reactor: Reactor) -> None:
+        self.identity = identity
+        self.landing = landing
+        self.settings = settings
+        self.reactor = reactor
+        self.refusals: Refusals = landing.grants.refusals
+        self._listening: socket.socket | None = None
+        self._strangers: dict[Visitor, None] = {}  # in order of arrival
+        self._known: set[Visitor] = set()
+
+    def start(self, listening: socket.socket) -> None:
+        """Begin to accept; the socket is ours from here on."""
+        self._listening = listening
+        self.reactor.watch(listening.fileno(), selectors.EVENT_READ, self)
+
+    def stop(self) -> None:
+        """End the socket and all connections: nothing is read or written any more."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            self.reactor.unwatch(listening.fileno())
+            listening.close()
+        for visitor in [*self._strangers, *self._known]:
+            visitor.close()
+
+    def ready(self, mask: int) -> None:
+        """Somebody wants to connect."""
+        if self._listening is None:
+            return
+        try:
+            sock, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno == errno.ECONNABORTED:
+                return
+            # Out of file descriptors, as a rule: some will come free.
+            self.refusals.add("a connection cannot be accepted", str(error))
+            self.reactor.unwatch(self._listening.fileno())
+            self.reactor.later(_PAUSE_S, self._resume)
+            return
+        sock.setblocking(False)
+        self._take(sock)
+
+    def admit(self, visitor: Visitor) -> None:
+        """A stranger has proved himself.
+
+        Raises:
+            Refused: There are too many already.
+        """
+        if len(self._known) >= self.settings.max_connections:
+            raise Refused("too many connections", f"{len(self._known)} are open")
+        self._strangers.pop(visitor, None)
+        self._known.add(visitor)
+
+    def forget(self, visitor: Visitor) -> None:
+        """A connection has ended."""
+        self._strangers.pop(visitor, None)
+        self._known.discard(visitor)
+
+    def _resume(self) -> None:
+        if self._listening is not None:
+            self.reactor.watch(self._listening.fileno(), selectors.EVENT_READ, self)
+
+    def _take(self, sock: socket.socket) -> None:
+        try:
+            uid = hosts.peer_uid(sock)
+        except OSError:
+            return sock.close()
+        if uid != os.geteuid() and not self.settings.any_uid:
+            self.refusals.add("another user", f"uid={uid}")
+            return sock.close()
+        if len(self._strangers) >= self.settings.max_strangers:
+            next(iter(self._strangers)).turn_away(Refused("too many that have not proved themselves"))
+        self._strangers[Visitor(self, sock)] = None
+
+
+class Visitor:
+    """One connection: the handshake, then orders, copied one after the other."""
+
+    def __init__(self, listener: Listener, sock: socket.socket) -> None:
+        self._listener = listener
+        self._closed = False
+        self._expect: Callable[[Message, list[int]], None] = self._on_hello
+        self._theirs: Hello | None = None
+        self._ours = hello(listener.identity.incarnation)
+        self._mappings: dict[int, hosts.Mapping] = {}
+        self._orders: deque[tuple[int, Copying]] = deque()
+        self._pipe = Pipe(listener.reactor, sock, self)
+        listener.reactor.later(listener.settings.handshake_s, self._time_is_up)
+
+    def received(self, message: Message, fds: list[int]) -> None:
+        """What the sender says.
+
+        Raises:
+            MalformedMessage: It breaks the rules.
+            Refused: He is not to be dealt with.
+            OSError: His regions cannot be mapped.
+        """
+        if fds and self._expect != self._on_regions:
+            raise MalformedMessage("file descriptors that nobody asked for")
+        self._expect(message, fds)
+
+    def ended(self, error: Exception, by_peer: bool) -> None:
+        """The connection is gone."""
+        if self._expect != self._on_order:
+            reason = error.reason if isinstance(error, Refused) else UNFINISHED
+            if isinstance(error, MalformedMessage):
+                reason = "does not speak our protocol"
+            level = logging.INFO if reason == UNFINISHED else logging.WARNING
+            self._listener.refusals.add(reason, str(error), level)
+        else:
+            _log.info("a connection ended: %s", error)
+        self.close()
+
+    def turn_away(self, error: Exception) -> None:
+        """End the connection of one who is not to be dealt with."""
+        self.ended(error, by_peer=False)
+
+    def close(self) -> None:
+        """Stop to copy, let go of the sender's memory, then end the connection: its end says that it is so."""
+        self._closed = True
+        for _, copying in self._orders:
+            copying.leave()
+        self._orders.clear()
+        mappings, self._mappings = self._mappings, {}
+        for mapping in mappings.values():
+            mapping.close()
+        self._pipe.close()
+        self._listener.forget(self)
+
+    # The handshake
+
+    def _on_hello(self, message: Message, fds: list[int]) -> None:
+        if not isinstance(message, Hello):
+            raise MalformedMessage("does not say hello")
+        # Answered even where we part ways, so that the visitor can say why.
+        self._pipe.send(wire.encode(self._ours))
+        if message.version != wire.VERSION:
+            raise Refused("speaks another version of the wire format", f"{message.version}, we speak {wire.VERSION}")
+        if message.incarnation != self._ours.incarnation:
+            raise Refused("means another start of this endpoint, or another endpoint")
+        self._theirs, self._expect = message, self._on_proof
+
+    def _on_proof(self, message: Message, fds: list[int]) -> None:
+        secret, theirs = self._listener.identity.secret, self._theirs
+        if not isinstance(message, Proof) or theirs is None:
+            raise MalformedMessage("shows no proof")
+        if not is_proof(message, secret, SENDER, theirs, self._ours):
+            raise Refused("does not know our secret")
+        self._listener.admit(self)
+        self._expect = self._on_regions
+        self._pipe.send(wire.encode(prove(secret, RECEIVER, theirs, self._ours)))
+
+    def _on_regions(self, message: Message, fds: list[int]) -> None:
+        if not isinstance(message, Regions) or len(message.places) != len(fds):
+            raise MalformedMessage("does not give its regions")
+        for place, fd in zip(message.places, fds, strict=True):
+            if place.region in self._mappings:
+                raise MalformedMessage("gives a region twice")
+            self._mappings[place.region] = hosts.Mapping(fd, place)
+        self._expect = self._on_order
+        self._pipe.send(wire.encode(Ready()))
+
+    def _time_is_up(self) -> None:
+        if self._expect != self._on_order and not self._closed:
+            self.turn_away(Refused(UNFINISHED))
+
+    # Orders
+
+    def _on_order(self, message: Message, fds: list[int]) -> None:
+        if isinstance(message, Cancel):
+            for ticket, copying in self._orders:
+                copying.cancelled |= ticket == message.ticket
+        elif not isinstance(message, Order) or self._theirs is None:
+            raise MalformedMessage("neither an order nor a cancel")
+        elif len(self._orders) >= wire.MAX_ORDERS:
+            raise MalformedMessage("too many orders at once")
+        else:
+            sources = {region: mapping.view for region, mapping in self._mappings.items()}
+            copying = Copying(message, self._theirs.writer, sources, self._listener.landing)
+            self._orders.append((message.ticket, copying))
+            if len(self._orders) == 1:
+                self._listener.reactor.work(self._step)
+
+    def _step(self) -> bool:
+        """Copy a slice of the oldest order."""
+        if not self._orders:
+            return False
+        ticket, copying = self._orders[0]
+        verdict = self._verdict(copying)
+        if verdict is not None:
+            self._orders.popleft()
+            self._pipe.send(wire.encode(End(ticket, verdict)))
+        return bool(self._orders)
+
+    def _verdict(self, copying: Copying) -> Verdict | None:
+        try:
+            return copying.advance()
+        except MalformedMessage as error:
+            self.turn_away(error)
+        except Exception as error:  # a mistake of ours: this connection ends, the others go on
+            # Logged as text: a record that keeps the traceback would keep the arenas' memory in use.
+            _log.error("a connection is given up:\n%s", traceback.format_exc())
+            self.turn_away(error)
+        return None
