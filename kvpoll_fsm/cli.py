@@ -51,12 +51,12 @@ def command() -> click.Command:
     """The whole command, as click has it."""
     import click
 
-    from kvpoll_fsm import cli_simulate, cli_tools
+    from kvpoll_fsm import cli_bench, cli_simulate, cli_tools
 
     group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
     group.add_command(_demo_command())
     group.add_command(_table_command())
-    for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore, cli_simulate.simulate):
+    for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore, cli_simulate.simulate, cli_bench.bench):
         group.add_command(tool)
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 
@@ -108,7 +108,7 @@ def _demo_options() -> list[click.Parameter]:
             default=plan.transport,
             show_default=True,
             metavar="POLICY",
-            help="tcp, require:tcp, or prefer:a,b with the best first.",
+            help="shm, require:tcp, or prefer:a,b with the best first.",
         ),
         _word("resume", plan.resume, RESUMES, "How receivers make room for the next part."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),

@@ -116,11 +116,11 @@ class EndpointCore:
             RequestTooLarge: The pool could never grant as many blocks, to all ranks of the room that are open here.
             ForeignBlock: Blocks the engine named are not free.
         """
+        key = self._rooms.new_key("receiver", room, rank)
         if not (options.dummy or options.exact):
             siblings = self._rooms.open_receivers(room, options.ranks)
             beside = sum(session.options.blocks for session in siblings if session.options.conn == options.conn)
             self.accounts.check(options.blocks + beside)
-        key = self._rooms.new_key("receiver", room, rank)
         if options.exact:
             self._lessor.take_exact(key, options.exact)
         self._rooms_of[options.conn][key] = None

@@ -59,7 +59,7 @@ class Endpoint:
         self,
         *,
         pool: BlockPool,
-        transports: str = "prefer:tcp",
+        transports: str = "prefer:shm,tcp",
         listen: str = "tcp://127.0.0.1:0",
         advertise: str | None = None,
         deadlines: Deadlines | None = None,

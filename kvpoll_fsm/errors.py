@@ -67,6 +67,7 @@ class FailureCode(str, enum.Enum):
     """
 
     Aborted = "Aborted"
+    Displaced = "Displaced"
     PeerLost = "PeerLost"
     OutcomeUnknown = "OutcomeUnknown"
     DeadlinePassed = "DeadlinePassed"
@@ -94,6 +95,7 @@ MAX_DETAIL = 1000
 
 _RETRYABLE = frozenset(
     {
+        FailureCode.Displaced,
         FailureCode.PeerLost,
         FailureCode.OutcomeUnknown,
         FailureCode.DeadlinePassed,

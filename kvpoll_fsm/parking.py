@@ -62,7 +62,7 @@ class Parked(NamedTuple):
 class Parking:
     """At most one reservation for each rank of a room; nothing is kept of a room without any."""
 
-    __slots__ = ("_dismissed", "_held", "_limits", "_rooms", "_ticks")
+    __slots__ = ("_count", "_dismissed", "_held", "_limits", "_rooms", "_ticks")
 
     def __init__(self, limits: Limits = DEFAULT) -> None:
         self._limits = limits
@@ -70,6 +70,7 @@ class Parking:
         self._held: dict[str, dict[tuple[int, int], int]] = {}  # by account: (room, rank) -> tick, oldest first
         self._dismissed: dict[int, dict[tuple[int, int, int], int]] = {}  # by connection: place -> generation
         self._ticks = 0
+        self._count = 0
 
     def park(self, conn: int, reserve: Reserve, account: str = "") -> list[Told]:
         """Keep a reservation, if there may be one more.
@@ -82,6 +83,7 @@ class Parking:
         before = self._rooms.get(reserve.room, {}).get(reserve.rank)
         if before is not None and before.life == parked.life:
             del self._held[account][reserve.room, reserve.rank]  # its time begins anew
+            self._count -= 1
             self._keep(parked)
             return []
         if len(self._held.get(account, ())) >= self._limits.orphans_per_peer:
@@ -164,7 +166,7 @@ class Parking:
         self._dismissed.pop(conn, None)
 
     def __len__(self) -> int:
-        return sum(map(len, self._held.values()))
+        return self._count
 
     def clone(self) -> Parking:
         """A copy that shares nothing mutable."""
@@ -172,7 +174,7 @@ class Parking:
         copy._rooms = {room: dict(ranks) for room, ranks in self._rooms.items()}
         copy._held = {account: dict(places) for account, places in self._held.items()}
         copy._dismissed = {conn: dict(places) for conn, places in self._dismissed.items()}
-        copy._ticks = self._ticks
+        copy._ticks, copy._count = self._ticks, self._count
         return copy
 
     def key(self) -> tuple[Any, ...]:
@@ -195,6 +197,7 @@ class Parking:
         room, rank = parked.reserve.room, parked.reserve.rank
         self._rooms.setdefault(room, {})[rank] = parked
         self._held.setdefault(parked.account, {})[room, rank] = self._ticks
+        self._count += 1
 
     def _refuse(self, parked: Parked, limit: str) -> Told:
         return parked.conn, refusal(parked.reserve, limit, getattr(self._limits, limit))
@@ -210,6 +213,7 @@ class Parking:
         if not ranks:
             del self._rooms[room]
         del self._held[account][room, rank]
+        self._count -= 1
         if not self._held[account]:
             del self._held[account]
 
@@ -222,7 +226,7 @@ def _held_since(held: dict[tuple[int, int], int], tick: int) -> list[tuple[int, 
 def displaced(reserve: Reserve) -> Abort:
     """What a receiver is told whose place another life of its rank has taken; nothing was sent to it."""
     detail = f"another life of rank {reserve.rank} reserved the room after this one"
-    failure = Failure.of(FailureCode.ProtocolError, detail, state=KVPoll.Bootstrapping, rank=reserve.rank)
+    failure = Failure.of(FailureCode.Displaced, detail, state=KVPoll.Bootstrapping, rank=reserve.rank)
     return Abort(failure=failure, quiescent=True, **_address(reserve))
 
 

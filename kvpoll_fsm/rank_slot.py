@@ -17,6 +17,8 @@ class RankSlot:
     Attributes:
         transports: Those still worth trying, best first; the first is in use.
         reachable: The data port answered on the first of them.
+        contested: It took the place of a life that another endpoint had announced. Who came last need not be the later.
+        passed_over: Why others that the policy likes better are not among them; for people.
         grant: Blocks for the current part.
         poll: The rank's answer for the current part: None until it is known.
         reported: PartReport has been sent; an ack is due.
@@ -45,6 +47,8 @@ class RankSlot:
     closed: bool = False
     gave_up: bool = False
     attempt: int = 0
+    contested: bool = False
+    passed_over: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Nothing can land there any more, and there is nobody who needs to be told so."""
@@ -58,4 +62,4 @@ class RankSlot:
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value."""
-        return tuple(getattr(self, name) for name in self.__slots__)
+        return tuple(getattr(self, name) for name in self.__slots__ if name != "passed_over")

@@ -21,7 +21,7 @@ GROUP = "kvpoll_fsm.transports"
 HINTS: dict[str, str] = {
     "memory": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
     "tcp": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
-    "shm": "it comes with a later release of kvpoll-fsm; tcp works on one host too",
+    "shm": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
     "mooncake": "it comes with a later release of kvpoll-fsm and will need kvpoll-fsm[mooncake], "
     "or kvpoll-fsm[mooncake-cuda] for device memory, never both",
     "nixl": "it comes with a later release of kvpoll-fsm; tcp works between hosts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,12 @@ class Policy:
         """The transports this policy allows that both sides have, best first."""
         common = set(ours) & set(theirs)
         return tuple(name for name in self.names if name in common)
+
+    def missing(self, ours: Iterable[str], theirs: Iterable[str]) -> tuple[str, ...]:
+        """Why the transports before the first candidate are none: which side does not have them."""
+        here, there = set(ours), set(theirs)
+        before = itertools.takewhile(lambda name: name not in here & there, self.names)
+        return tuple(f"{name}: the {'receiver' if name in here else 'sender'} does not have it" for name in before)
 
     def __str__(self) -> str:
         return f"{self.mode}:{','.join(self.names)}"

@@ -167,8 +167,9 @@ class SenderSession(Session):
         if problem:
             return self._turn_away(conn, message, problem)
         if not bound:
-            self._replaced(message.rank)
-            self.slots[message.rank] = RankSlot(conn, message.receiver_generation, message.dummy)
+            contested = self._replaced(message.rank, conn)
+            slot = RankSlot(conn, message.receiver_generation, message.dummy, contested=contested)
+            self.slots[message.rank] = slot
         if message.grant is not None:
             self._take_grant(message.rank, self.slots[message.rank], message.grant)
         self._try_bootstrap()
@@ -177,8 +178,9 @@ class SenderSession(Session):
         """What is wrong with a reservation, or nothing. The first one may tell how many ranks there are."""
         if self.required is None and message.rank < message.ranks:
             self.required = message.ranks
-        if message.ranks != self.required or message.rank >= self.required:
-            return f"rank {message.rank} of {message.ranks} where {self.required or message.ranks} ranks are required"
+        required = self.required or message.ranks
+        if message.ranks != required or message.rank >= required:
+            return f"rank {message.rank} of {message.ranks} where {required} ranks are required"
         bound = self.binds(conn, message.rank, message.receiver_generation)
         if bound and (self.state is not KVPoll.Bootstrapping or message.dummy is not self.slots[message.rank].dummy):
             return f"rank {message.rank} reserved again in {self.state}"
@@ -192,13 +194,19 @@ class SenderSession(Session):
         generation = message.receiver_generation
         self._send(conn, messages.Abort(failure=failure, quiescent=True, receiver_generation=generation, **ids))
 
-    def _replaced(self, rank: int) -> None:
-        """Tell the life of a rank that a later one takes the place of; nothing was sent to it yet."""
-        if rank in self.slots:
-            detail = f"another life of rank {rank} reserved the room after this one"
-            failure = self._cause(FailureCode.ProtocolError, detail, rank)
-            abort = messages.Abort(failure=failure, quiescent=True, **self._ids(rank))
-            self._send(self.slots[rank].conn, abort)
+    def _replaced(self, rank: int, conn: int) -> bool:
+        """Tell the life of a rank that another one takes the place of; nothing was sent to it yet.
+
+        Returns:
+            Whether the two are on different endpoints, so that nobody can say which of them is the later.
+        """
+        before = self.slots.get(rank)
+        if before is None:
+            return False
+        detail = f"another life of rank {rank} reserved the room after this one"
+        failure = self._cause(FailureCode.Displaced, detail, rank)
+        self._send(before.conn, messages.Abort(failure=failure, quiescent=True, **self._ids(rank)))
+        return before.contested or before.conn != conn
 
     def _resume(self, conn: int, message: messages.Resume) -> None:
         slot = self.slots[message.rank]
@@ -218,6 +226,7 @@ class SenderSession(Session):
             slot.transports = tuple(name for name in slot.transports if name in offered)
             return
         slot.transports, slot.reachable = offered, False
+        slot.passed_over = self.options.policy.missing(self.options.transports, grant.transports)
         self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
 
     def _preflight(self, rank: int, slot: RankSlot, why_none: str) -> None:
@@ -234,9 +243,12 @@ class SenderSession(Session):
         if slot is None or not current or self.state.is_terminal or slot.reachable:
             return
         if not event.ok:
-            slot.transports = slot.transports[1:]
-            self._preflight(event.rank, slot, f"{event.transport} to rank {event.rank}: {event.detail}")
-            return
+            detail = f"{event.transport} to rank {event.rank}: {event.detail}"
+            slot.transports, slot.passed_over = slot.transports[1:], (*slot.passed_over, detail)
+            if slot.transports or self._phase != "moving":
+                return self._preflight(event.rank, slot, detail)
+            failure = self._cause(FailureCode.TransportFailed, "; ".join(slot.passed_over), event.rank)
+            return self._report(event.rank, slot, event.transport, None, failure)
         slot.reachable = True
         if self._phase == "moving" and not (slot.in_flight or slot.reported):
             self._reissue(event.rank, slot)
@@ -340,11 +352,13 @@ class SenderSession(Session):
         if self.state.is_terminal:
             return self._settle()
         if event.ok:
-            return self._report(event, slot, None)
+            return self._report(event.rank, slot, event.transport, event.checksum, None)
         slot.transports, slot.reachable = slot.transports[1:], False
         detail = f"{event.transport} to rank {event.rank}: {event.detail}"
+        slot.passed_over = (*slot.passed_over, detail)
         if not slot.transports:
-            return self._report(event, slot, self._cause(FailureCode.TransportFailed, detail, event.rank))
+            failure = self._cause(FailureCode.TransportFailed, "; ".join(slot.passed_over), event.rank)
+            return self._report(event.rank, slot, event.transport, event.checksum, failure)
         if not (slot.landing or slot.reading):
             self._preflight(event.rank, slot, detail)
 
@@ -355,11 +369,13 @@ class SenderSession(Session):
         slot.landing = slot.reading = False
         if self.state.is_terminal:
             self._settle()
-        elif not slot.reachable:
+        elif not (slot.reachable or slot.reported):
             self._preflight(event.rank, slot, "the transport before it failed")
 
-    def _report(self, event: inputs.PartWritten, slot: RankSlot, failure: Failure | None) -> None:
-        """The last write to a rank has ended: ask for its verdict."""
+    def _report(
+        self, rank: int, slot: RankSlot, transport: str, checksum: bytes | None, failure: Failure | None
+    ) -> None:
+        """The last write to a rank has ended, or no transport is left: ask for its verdict, or why that is."""
         slot.reported = True
         total = self.ledger.total_tokens or 0
         offset = self.ledger.covered_tokens
@@ -369,10 +385,10 @@ class SenderSession(Session):
             tokens=self._tokens,
             total_tokens=total,
             is_last=is_last_part(offset, self._tokens, total),
-            transport=event.transport,
-            checksum=event.checksum,
+            transport=transport,
+            checksum=checksum,
             failure=failure,
-            **self._ids(event.rank),
+            **self._ids(rank),
         )
         self._send(slot.conn, report)
 
@@ -391,8 +407,10 @@ class SenderSession(Session):
         """Every rank has the part: apply the outcome rule, once, and tell all."""
         offset, tokens, blocks = self.ledger.covered_tokens, self._tokens, self._blocks
         is_last = self.ledger.commit(offset, tokens)
-        transport = ",".join(dict.fromkeys(s.transports[0] for s in self.slots.values() if not s.dummy))
-        self.parts.append(PartRecord(self.part, offset, tokens, is_last, transport, blocks))
+        used = [slot for slot in self.slots.values() if not slot.dummy]
+        transport = ",".join(dict.fromkeys(slot.transports[0] for slot in used))
+        passed_over = "; ".join(dict.fromkeys(why for slot in used for why in slot.passed_over))
+        self.parts.append(PartRecord(self.part, offset, tokens, is_last, transport, blocks, passed_over))
         self._apply(PartDone(is_last=is_last, all_ok=True))
         self._tell_outcome(is_last, None)
         for slot in self.slots.values():
@@ -458,8 +476,16 @@ class SenderSession(Session):
             self._do(Release(self.part))
 
     def _aborted(self, conn: int, message: messages.Abort) -> None:
-        self.slots[message.rank].gave_up = True
+        slot = self.slots[message.rank]
+        if slot.contested and self.state is KVPoll.Bootstrapping:
+            return self._vacate(message.rank, slot)
+        slot.gave_up = True
         self._fail(replace(message.failure, rank=message.rank))
+
+    def _vacate(self, rank: int, slot: RankSlot) -> None:
+        """A rank that was contested gave up: the other, which was told to try again, may have its place."""
+        self._send(slot.conn, messages.Quiesced(**self._ids(rank)))
+        del self.slots[rank]
 
     def _peer_gone(self, event: inputs.PeerGone) -> None:
         lost = [rank for rank, slot in self.slots.items() if slot.conn == event.conn]

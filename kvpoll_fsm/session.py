@@ -7,7 +7,7 @@ randomness in here, and every state is a plain value that `clone()` copies and `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kvpoll_fsm.commands import CancelTimer, Command, Send, SetTimer
@@ -55,7 +55,10 @@ class RoomKey:
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """A part that has an outcome, for people and for `receiver.part`."""
+    """A part that has an outcome, for people and for `receiver.part`.
+
+    `passed_over` says, at the sender, why transports that its policy likes better did not carry the part.
+    """
 
     part: int
     offset: int
@@ -63,6 +66,7 @@ class PartRecord:
     is_last: bool
     transport: str
     blocks: tuple[int, ...] = ()
+    passed_over: str = field(default="", compare=False, repr=False)
 
 
 class Session:

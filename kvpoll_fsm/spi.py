@@ -135,8 +135,9 @@ class Failed:
     Attributes:
         reason: A sentence for people.
         quiescent: No byte of it can land any more. Otherwise `Quiesced` follows, or the receiver fences.
-        source_free: The source is not read any more. False only where `quiescent` is False; then `Quiesced` follows
-            whatever becomes of the peer, or the transport is closed: the source is not given back before.
+        source_free: The source may change: it is not read any more, or to no effect. False only where `quiescent` is
+            False; then `Quiesced` follows whatever becomes of the peer, or the transport is closed: the source is
+            not given back before.
     """
 
     ticket: int
@@ -286,7 +287,8 @@ class Transport(Protocol):
     def close(self) -> None:
         """End all links, threads and ports. Tickets in flight end Failed. May be called twice.
 
-        Once it has returned, no byte lands in a registered region and no source is read, whatever was under way.
+        Once it has returned, no byte lands in a registered region and no source is read to any effect, whatever was
+        under way.
         """
         ...
 

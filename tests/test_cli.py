@@ -45,11 +45,11 @@ def demo(*arguments: str) -> dict[str, Any]:
     return document
 
 
-def tokens_of(parts: list[dict[str, Any]]) -> list[int]:
+def tokens_of(parts: list[dict[str, Any]], transport: str = "shm") -> list[int]:
     """The sizes of the parts, whose numbers and flags must be right."""
     assert [part["part"] for part in parts] == list(range(len(parts)))
     assert [part["is_last"] for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert {part["transport"] for part in parts} == {"tcp"}
+    assert {part["transport"] for part in parts} == {transport}
     return [part["tokens"] for part in parts]
 
 
@@ -75,7 +75,10 @@ def test_a_room(arguments: list[str], states: list[str], tokens: list[int]) -> N
     assert room["room"] == 42
     assert room["total_tokens"] == sum(tokens)
     assert room["sender_states"] == receiver["states"] == states
-    assert tokens_of(receiver["parts"]) == tokens
+    forced = "require:tcp" in arguments
+    assert tokens_of(receiver["parts"], "tcp" if forced else "shm") == tokens
+    chosen = "tcp: as required" if forced else "shm: the first of prefer:shm,tcp, and it works between these processes"
+    assert room["transport_choices"] == [chosen]
     assert receiver["rank"] == 0
     assert receiver["sha256_equal"] is True
     assert sorted(receiver["sha256"]) == ["aux", "embeddings", "fill_ids"]
@@ -111,8 +114,9 @@ def test_for_people() -> None:
     for side in ("sender", "receiver 0"):
         path = " → ".join(PARTS)
         assert [line for line in ended.stdout.splitlines() if side in line and line.endswith(path)]
-    assert "part 0: 1,024 tokens, not last, tcp" in ended.stdout
-    assert "part 1: 976 tokens, last, tcp" in ended.stdout
+    assert "part 0: 1,024 tokens, not last, shm" in ended.stdout
+    assert "part 1: 976 tokens, last, shm" in ended.stdout
+    assert "over shm: the first of prefer:shm,tcp, and it works between these processes" in ended.stdout
     assert "OK: 1 room ended in Success on all sides" in ended.stdout
 
 

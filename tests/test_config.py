@@ -51,7 +51,7 @@ def test_a_wildcard_needs_an_address_for_peers(host: str) -> None:
     assert config(listen=anywhere, advertise=HERE, insecure=True).advertise == HERE
 
 
-def test_beyond_this_machine_only_with_keys() -> None:
+def test_pain_24_beyond_this_machine_only_with_keys() -> None:
     there = Address.parse("tcp://10.0.0.1:0")
     with pytest.raises(AddressError, match=r"10\.0\.0\.1.*keys=, or insecure=True"):
         config(listen=there)

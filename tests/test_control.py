@@ -121,7 +121,7 @@ def test_what_cannot_be_sent_is_lost_not_raised() -> None:
         assert not control.reply(b"nobody", HELLO)
 
 
-def test_a_peer_that_takes_nothing_never_blocks() -> None:
+def test_pain_23_a_peer_that_takes_nothing_never_blocks() -> None:
     """Beyond the bound of its queue packets are lost here; the channel sends them again."""
     with raw(zmq.DEALER) as silent, controls(HERE) as [(control, _)]:
         port = silent.bind_to_random_port("tcp://127.0.0.1")
@@ -243,7 +243,7 @@ def test_packets_meant_for_others_change_nothing() -> None:
         transfer(tx, rx, 2)
 
 
-def test_who_only_says_hello_is_forgotten() -> None:
+def test_pain_14_who_only_says_hello_is_forgotten() -> None:
     with pair(deadlines=deadlines(peer_lost_s=0.5)) as (tx, rx), attacker(tx) as dealer:
         for number in range(50):
             dealer.send(encode(Hello(**introduction(bytes([number]) * 16, LAYOUT, ()))))
@@ -276,7 +276,7 @@ def test_a_version_we_do_not_speak_is_refused_and_told(caplog: pytest.LogCapture
         transfer(tx, rx, 1)
 
 
-def test_a_peer_of_another_version_fails_the_room_and_says_which() -> None:
+def test_pain_27_a_peer_of_another_version_fails_the_room_and_says_which() -> None:
     with raw(zmq.ROUTER) as future, endpoint() as rx:
         port = future.bind_to_random_port("tcp://127.0.0.1")
         receiver = rx.receiver(1, peer=f"tcp://127.0.0.1:{port}")
@@ -309,7 +309,7 @@ def keys(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
     return {name: {"keys": generate_keys(folder, name)[1], "authorized": folder} for name in names}
 
 
-def test_with_keys_only_who_is_trusted_is_heard(tmp_path: Path) -> None:
+def test_pain_24_with_keys_only_who_is_trusted_is_heard(tmp_path: Path) -> None:
     trusted = keys(tmp_path / "trusted", "tx", "rx")
     stranger = keys(tmp_path / "stranger", "eve")["eve"]
     (tmp_path / "stranger" / "tx.key").write_bytes((tmp_path / "trusted" / "tx.key").read_bytes())
@@ -331,3 +331,30 @@ def test_with_keys_only_who_is_trusted_is_heard(tmp_path: Path) -> None:
             assert failed(receiver).code is FailureCode.DeadlinePassed
             assert counts(tx) == before
         transfer(tx, rx, 3)
+
+
+# Floods
+
+
+def test_one_turn_takes_no_longer_than_it_may_and_the_sockets_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood at one socket keeps neither the timers waiting nor what comes to another."""
+    with raw(zmq.DEALER) as flood, raw(zmq.ROUTER) as server, controls(HERE) as [(control, address)]:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        control.connect(7, Address("127.0.0.1", port))
+        assert control.send(7, HELLO)
+        identity, _ = server.recv_multipart()
+        flood.connect(address.place)
+        for _ in range(100):
+            flood.send(encode(HELLO))
+            server.send_multipart([identity, encode(HELLO)])
+        until(lambda: control.wait(0.01) == set() and len(control._ready) == 2, "packets at both")
+        now = iter(range(1_000_000))
+        monkeypatch.setattr("kvpoll_fsm.control.time.monotonic", lambda: next(now) * 0.002)
+        seen = [origin.conn for origin, _, _ in control.read()]
+        monkeypatch.undo()
+        assert 4 <= len(seen) <= 10
+        assert set(zip(seen[::2], seen[1::2], strict=False)) <= {(None, 7), (7, None)}
+        while len(seen) < 200:
+            control.wait(0.01)
+            seen += [origin.conn for origin, _, _ in control.read()]
+        assert (seen.count(None), seen.count(7)) == (100, 100)

@@ -169,10 +169,33 @@ def test_the_later_of_two_receivers_takes_the_place_and_the_other_is_told(opened
     one.receivers[0] = one.world.open_receiver("r2", 7, 0, 2, blocks=2)
     one.world.run()
     assert loser.failure is not None
-    assert loser.failure.code is FailureCode.ProtocolError
+    assert loser.failure.code is FailureCode.Displaced
     assert "another life of rank 0" in loser.failure.detail
     if not opened:
         one.open_sender()
+    one.open_receiver(1)
+    one.world.run()
+    assert one.tx.state is S
+    assert one.world.session("r2", one.receivers[0]).state is S
+
+
+def test_a_stale_reservation_that_displaced_a_live_one_does_not_end_the_room_when_it_gives_up() -> None:
+    """The rank was tried at r0, whose words were held up, and again at r2: what arrives last need not be the later."""
+    one = transfer(500, 2)
+    one.open_sender()
+    one.world.add_host("r2", 8, BLOCK)
+    live = one.world.session("r2", one.world.open_receiver("r2", 7, 0, 2, blocks=2))
+    one.world.run()
+    stale = one.world.open_receiver("r0", 7, 0, 2, blocks=2)
+    one.world.run()
+    assert live.failure is not None
+    assert (live.failure.code, live.failure.retryable) == (FailureCode.Displaced, True)
+    one.world.feed("r0", stale, AbortRoom("given up long ago"))
+    one.world.run()
+    assert one.tx.state is KVPoll.Bootstrapping
+    assert one.world.session("r0", stale).quiescent
+    one.world.clear("r2", live.room_key)
+    one.receivers[0] = one.world.open_receiver("r2", 7, 0, 2, blocks=2)
     one.open_receiver(1)
     one.world.run()
     assert one.tx.state is S

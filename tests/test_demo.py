@@ -357,8 +357,15 @@ def test_many_rooms_are_shown_together() -> None:
 
 def test_parts_that_are_alike_share_a_line() -> None:
     report = demo.run(Plan(tokens=5000, hidden=8))
-    assert "parts 0 to 3, each: 1,024 tokens, not last, tcp" in shown(report)
-    assert "part 4: 904 tokens, last, tcp" in shown(report)
+    assert "parts 0 to 3, each: 1,024 tokens, not last, shm" in shown(report)
+    assert "part 4: 904 tokens, last, shm" in shown(report)
+
+
+def test_the_choice_of_a_transport_is_shown_with_its_cause() -> None:
+    report = demo.run(Plan(tokens=500, hidden=8, transport="prefer:memory,tcp"))
+    (choice,) = report.rooms[42].choices
+    assert choice.startswith("tcp: memory to rank 0: ")
+    assert f"over {choice}" in " ".join(shown(report).split())
 
 
 def test_hashes_fit_into_eighty_columns() -> None:

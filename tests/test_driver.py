@@ -18,6 +18,7 @@ import kvpoll_fsm.incoming
 import kvpoll_fsm.outgoing
 import kvpoll_fsm.session
 from kvpoll_fsm import BlockError, Endpoint, EndpointClosed, FailureCode, InvalidInput, KVPoll, TransportUnavailable
+from kvpoll_fsm.commands import Expose, Preflight
 from kvpoll_fsm.connection import introduction
 from kvpoll_fsm.driver import POLL_INTERVAL_S
 from kvpoll_fsm.messages import Hello, TransportOffer, encode
@@ -304,7 +305,7 @@ def test_a_forked_child_may_not_use_it_and_harms_nothing(transport: str) -> None
 # poll()
 
 
-def test_poll_needs_no_lock_and_no_driver() -> None:
+def test_pain_23_poll_needs_no_lock_and_no_driver() -> None:
     """Whatever the driver does and whoever holds which lock."""
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
@@ -333,7 +334,7 @@ def test_poll_asks_nothing_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
         assert asked == []
 
 
-def test_a_stopped_peer_stops_nobody_else() -> None:
+def test_pain_23_a_stopped_peer_stops_nobody_else() -> None:
     with pair() as (tx, rx), endpoint() as other:
         sender = tx.sender(1)
         stopped = rx.receiver(1, peer=tx.address)
@@ -362,7 +363,7 @@ def raises_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("what", ["connect", "grant", "submit", "stage", "verify", "checksum", "destination"])
-def test_an_exception_fails_one_room_and_the_next_succeeds(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pain_13_an_exception_fails_one_room_and_the_next_succeeds(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pair() as (tx, rx):
         places: dict[str, tuple[Any, str]] = {
             "connect": (tx.driver.transports["memory"], "connect"),
@@ -388,6 +389,20 @@ def test_an_exception_fails_one_room_and_the_next_succeeds(what: str, monkeypatc
         transfer(tx, rx, 1)
         until(lambda: tx.load().free == rx.load().free == 64, f"{tx.load()} {rx.load()}")
         assert tx.is_idle()
+
+
+@pytest.mark.parametrize("command", [Preflight, Expose])
+def test_what_an_action_itself_raises_fails_its_room(command: type[Any]) -> None:
+    with pair() as (tx, rx):
+        ways = (tx if command is Preflight else rx).driver._actions._ways
+        ways[command] = raises_once(ways[command])
+        sender, receiver = open_pair(tx, rx, 1)
+        for handle in (sender, receiver):
+            failure = failed(handle)
+            assert (failure.code, failure.detail) == (FailureCode.InternalError, "RuntimeError: native crash")
+            assert handle.wait_quiescent(SOON_S)
+        transfer(tx, rx, 2)
+        until(lambda: tx.load().free == rx.load().free == 64)
 
 
 def test_an_exception_of_a_room_leaves_those_in_flight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +483,7 @@ def test_a_driver_that_fails_ends_every_room_and_says_why(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("side", ["tx", "rx"])
-def test_a_transport_that_breaks_is_given_up_and_the_others_go_on(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pain_13_a_transport_that_breaks_is_given_up_and_the_others_go_on(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the receiver the write is known to be over, so the part goes on; at the sender nobody can say."""
     faults = Faults()
     faults.hold(0)
@@ -595,7 +610,7 @@ def test_a_pool_serves_one_endpoint_at_a_time() -> None:
 
 @pytest.mark.parametrize("side", ["tx", "rx"])
 @pytest.mark.parametrize("work", ["busy", "hung"])
-def test_waiting_for_a_busy_worker_is_no_standstill_and_for_a_hung_one_it_is(side: str, work: str) -> None:
+def test_pain_09_waiting_for_a_busy_worker_is_no_standstill_and_for_a_hung_one_it_is(side: str, work: str) -> None:
     """Staging at the sender and copying at the receiver wait their turn; both sides know."""
     brisk = deadlines(stall_s=0.8)
     over = threading.Event()
@@ -712,7 +727,7 @@ def test_a_room_that_failed_keeps_no_arrays_though_its_handle_is_kept() -> None:
         until(lambda: not rx.driver.incoming._destinations and not tx.driver.outgoing.sources)
 
 
-def test_a_thousand_rooms_leave_nothing_behind() -> None:
+def test_pain_14_a_thousand_rooms_leave_nothing_behind() -> None:
     with pair(rx={"pool": pool(256)}) as (tx, rx):
         data = make_data(20)
         for first in range(0, 1000, 100):

@@ -179,7 +179,7 @@ def test_an_unknown_transport_is_an_error_with_a_hint() -> None:
         ("require:memroy", "did you mean 'memory'"),
         ("nixl", "it comes with a later release"),
         ("prefer:mooncake,nixl", "transport 'mooncake': is not installed"),
-        ("zzz", "installed: memory, tcp"),
+        ("zzz", "installed: memory, shm, tcp"),
     ]:
         with pytest.raises(TransportUnavailable) as caught:
             endpoint(policy).start()

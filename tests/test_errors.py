@@ -113,6 +113,7 @@ def test_layout_mismatch_without_differences_has_a_field() -> None:
 
 
 RETRYABLE = {
+    FailureCode.Displaced,
     FailureCode.PeerLost,
     FailureCode.OutcomeUnknown,
     FailureCode.DeadlinePassed,

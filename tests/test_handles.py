@@ -24,6 +24,7 @@ from kvpoll_fsm import (
 )
 from kvpoll_memory import Faults
 from tests.helpers import (
+    ANY_SOURCE,
     BLOCK_TOKENS,
     FIELDS,
     LAYOUT,
@@ -322,7 +323,7 @@ def test_a_large_part_goes_in_several_tickets_and_shows_progress(transport: str)
         assert sender.bytes_done == 1100 * 32_772
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ANY_SOURCE)
 def test_thousands_of_scattered_blocks(transport: str) -> None:
     """More pieces than one ticket may have, in any order on both sides."""
     layout, blocks = Layout(1, FIELDS), 3000
@@ -432,7 +433,7 @@ def test_an_adopted_pool_takes_only_blocks() -> None:
 # Memory and blocks of the engine's own
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ANY_SOURCE)
 @pytest.mark.parametrize("chunks", [[100], [40, 60], [7, 16, 1, 30, 46], [16, 16, 68]])
 def test_chunks_from_an_engines_own_blocks(transport: str, chunks: list[int]) -> None:
     """Chunked prefill: chunks end inside blocks, parts end inside chunks, and the total alone says which is last."""
@@ -460,7 +461,7 @@ def test_chunks_from_an_engines_own_blocks(transport: str, chunks: list[int]) ->
         assert tx.load().free == 32
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ANY_SOURCE)
 def test_a_chunk_is_sent_before_the_next_is_there(transport: str) -> None:
     theirs, arrays = adopted(4)
     with pair(transport, tx={"pool": theirs}) as (tx, rx):

@@ -461,7 +461,7 @@ def set_trap(trap: Trap, point: str, bench: Bench, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("cancel", [False, True], ids=["", "cancelled"])
 @pytest.mark.parametrize("nth", range(4))
 @pytest.mark.parametrize("point", [*POINTS, *POINTS_OF_LINKS])
-def test_every_target_is_answered_once_whatever_raises(
+def test_pain_13_every_target_is_answered_once_whatever_raises(
     point: str, nth: int, cancel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three targets in two rooms; the driver guards each call, as here."""

@@ -46,7 +46,8 @@ def test_another_life_displaces_and_the_first_is_to_be_told() -> None:
         assert (to, message.receiver_generation, message.quiescent) == (
             (5, 1, True) if generation == 1 else (6, 1, True)
         )
-        assert message.failure.code is FailureCode.ProtocolError
+        assert message.failure.code is FailureCode.Displaced
+        assert message.failure.retryable
     assert parking.adopt(7) == (Parked(6, reserve(generation=2)),)
 
 
@@ -211,5 +212,6 @@ def test_100_000_orphans_of_one_peer_leave_the_others_theirs() -> None:
     assert len(parking) == Limits().orphans
     assert len(parking._dismissed[5]) <= Limits().orphans_per_peer
     assert rooms_of(parking, 6) == list(range(1000))
+    assert len(parking) == sum(map(len, parking._held.values())) == len(parking.key()[0])
     parking.hang_up(5)
     assert len(parking) == 1000

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm.channel import Channel
-from kvpoll_fsm.connection import introduction, name_of
+from kvpoll_fsm.connection import Connection, Origin, introduction, name_of
 from kvpoll_fsm.effects import Outbox, Transmit
+from kvpoll_fsm.errors import LimitReached
 from kvpoll_fsm.layout import Field, Layout
+from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import Bye, Frame, Hello, Quiesced, Welcome
 from kvpoll_fsm.peers import Peers
 
@@ -144,3 +146,69 @@ def test_a_copy_shares_nothing_and_speaks_elsewhere(peers: Peers) -> None:
     copy.call("there")
     assert copy.key() == peers.key()
     assert [effect.conn for effect in other.effects if isinstance(effect, Transmit)] == [1, 2]
+
+
+# Limits and origins
+
+
+def known(peers: Peers, incarnation: bytes, origin: Origin, *, spoken: bool = False) -> Connection:
+    connection = peers.answer(hello(incarnation), origin)
+    connection.channel.received = int(spoken)
+    return connection
+
+
+def limited(**limits: int) -> Peers:
+    return Peers(OURS, LAYOUT, (), Outbox(), Limits(**limits))
+
+
+def test_the_oldest_that_said_only_hello_makes_place() -> None:
+    peers = limited(callers=3)
+    peers.call("elsewhere")  # one that we opened does not count
+    first = known(peers, b"1" * 16, Origin(key="a"), spoken=True)
+    second = known(peers, b"2" * 16, Origin(key="b"))
+    assert peers.place_for(Origin(key="c")) is None
+    third = known(peers, b"3" * 16, Origin(key="c"))
+    assert peers.place_for(Origin(key="d")) is second
+    second.channel.received = third.channel.received = 1
+    with pytest.raises(LimitReached, match="callers=3"):
+        peers.place_for(Origin(key="d"))
+    peers.remove(first.number)
+    assert peers.place_for(Origin(key="d")) is None
+
+
+@pytest.mark.parametrize("crowd", [Origin(key="a"), Origin(host="192.0.2.7")])
+def test_a_crowd_is_of_one_key_or_else_of_one_address(crowd: Origin) -> None:
+    peers = limited(callers_per_peer=2)
+    known(peers, b"1" * 16, crowd, spoken=True)
+    stranger = known(peers, b"2" * 16, crowd)
+    assert peers.place_for(Origin(key="other", host="192.0.2.7")) is None
+    assert peers.place_for(crowd) is stranger
+    stranger.channel.received = 1
+    with pytest.raises(LimitReached, match="callers_per_peer=2"):
+        peers.place_for(crowd)
+
+
+def test_calls_are_limited() -> None:
+    peers = limited(callees=2)
+    known(peers, b"1" * 16, Origin())
+    for place in ("a", "b"):
+        peers.call(place)
+    with pytest.raises(LimitReached, match="callees=2"):
+        peers.call("c")
+
+
+def test_who_may_speak_over_a_connection(peers: Peers) -> None:
+    called, other = peers.call("there"), peers.call("elsewhere")
+    came = known(peers, PEER, Origin(key="a", host="192.0.2.7"))
+    assert came.account == "a"
+    assert called.account == f"#{called.number}"
+    assert called.fits(Origin(called.number))
+    assert not called.fits(Origin(other.number))
+    assert not called.fits(Origin(key="a"))
+    assert came.fits(Origin(key="a", host="192.0.2.8"))
+    assert not came.fits(Origin(key="b", host="192.0.2.7"))
+    assert not came.fits(Origin(called.number))
+    assert came.clone().fits(Origin(key="a"))
+    assert peers.clone(Outbox()).caller(PEER) is not None
+    peers.remove(came.number)
+    assert peers.caller(PEER) is None

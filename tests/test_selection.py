@@ -71,3 +71,12 @@ def test_only_what_is_named_and_common_in_the_order_named(named: tuple[str, ...]
 
 def test_pain_21_a_required_transport_has_no_substitute() -> None:
     assert Policy.parse("require:mooncake").candidates(["mooncake", "tcp"], ["tcp"]) == ()
+
+
+def test_those_before_the_first_candidate_are_accounted_for() -> None:
+    policy = Policy.parse("prefer:shm,mooncake,tcp,memory")
+    assert policy.missing(["shm", "tcp", "memory"], ["mooncake", "tcp"]) == (
+        "shm: the receiver does not have it",
+        "mooncake: the sender does not have it",
+    )
+    assert policy.missing(["shm"], ["shm"]) == ()

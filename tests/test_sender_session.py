@@ -282,6 +282,57 @@ def test_the_next_transport_waits_for_quiescence() -> None:
     assert tx.feed(inputs.RankQuiesced(0, 0)) == []
 
 
+def failed_on_a(**more: Any) -> Tx:
+    """A part whose write failed on the first of two transports."""
+    tx = Tx(transports=("a", "b"))
+    tx.reserve(granted=grant(transports=("a", "b")))
+    tx.preflight(transport="a")
+    tx.supply(20)
+    tx.feed(inputs.Granted(0, (0, 1), 8))
+    tx.written(ok=False, transport="a", detail="reset", **more)
+    return tx
+
+
+def test_a_rank_that_cannot_be_reached_on_the_next_transport_is_asked_why() -> None:
+    tx = failed_on_a()
+    report = sent(tx.preflight(transport="b", ok=False), PartReport)[0]
+    assert report.failure.code is FailureCode.TransportFailed
+    assert report.failure.detail == "a to rank 0: reset; b to rank 0: refused"
+    assert tx.session.state is W
+    tx.ack(failure=bad("its own reason"))
+    assert tx.session.state is F
+    assert tx.session.failure.detail == "its own reason"  # type: ignore[union-attr]
+
+
+def test_quiescence_after_the_last_transport_failed_changes_nothing() -> None:
+    tx = failed_on_a()
+    tx.preflight(transport="b")
+    assert sent(tx.written(ok=False, transport="b", attempt=1, quiescent=False), PartReport)
+    assert tx.feed(inputs.RankQuiesced(0, 0)) == []
+    assert tx.session.state is W
+
+
+def test_a_part_s_record_says_why_other_transports_were_passed_over() -> None:
+    tx = Tx(transports=("a", "b", "c", "d"))
+    tx.reserve(granted=grant(transports=("b", "c", "d")))
+    tx.preflight(transport="b", ok=False)
+    tx.preflight(transport="c")
+    tx.supply(20)
+    tx.feed(inputs.Granted(0, (0, 1), 8))
+    tx.written(ok=False, transport="c", detail="reset")
+    tx.preflight(transport="d")
+    tx.written(transport="d", attempt=1)
+    tx.ack()
+    (part,) = tx.session.parts
+    assert part.transport == "d"
+    assert part.passed_over == "a: the receiver does not have it; b to rank 0: refused; c to rank 0: reset"
+    tx.say(Resume, sent_tokens=8, grant=grant(1, transports=("b", "c", "d")))
+    tx.feed(inputs.Granted(1, (0, 1), 8))
+    tx.written(transport="d")
+    tx.ack()
+    assert tx.session.parts[1].passed_over == part.passed_over
+
+
 def test_a_transport_the_next_grant_does_not_offer_is_not_used() -> None:
     tx = Tx(transports=("a", "b"))
     tx.reserve(granted=grant(transports=("a", "b")))

@@ -60,7 +60,7 @@ def test_every_number_of_ranks(tokens: int, ranks: int, required: str | None) ->
 
 @pytest.mark.parametrize("dummy", range(4))
 @pytest.mark.parametrize("tokens", [500, 2000])
-def test_one_dummy_among_four_that_come_one_after_another(tokens: int, dummy: int) -> None:
+def test_pain_16_one_dummy_among_four_that_come_one_after_another(tokens: int, dummy: int) -> None:
     one = transfer(tokens, 4, dummies=(dummy,), required=4)
     one.open_sender()
     for rank in (2, 0, 3, 1):
@@ -73,7 +73,7 @@ def test_one_dummy_among_four_that_come_one_after_another(tokens: int, dummy: in
     end(one.world, one)
 
 
-def test_the_barrier_of_a_resume_waits_for_the_last_rank() -> None:
+def test_pain_16_the_barrier_of_a_resume_waits_for_the_last_rank() -> None:
     one = transfer(2000, 4, dummies=(1,)).open()
     world = one.world
     run_until(world, lambda: one.tx.state is KVPoll.Transferring)
@@ -164,7 +164,7 @@ def test_extend_takes_fresh_blocks_as_long_as_there_are_some_then_drains() -> No
     end(world, one)
 
 
-def test_extend_without_any_free_block_drains_instead_of_holding_and_waiting() -> None:
+def test_pain_17_extend_without_any_free_block_drains_instead_of_holding_and_waiting() -> None:
     one = transfer(3000, blocks=BLOCKS, resume="extend").open()
     copies: list[tuple[int, ...]] = []
     while step(one.world):
@@ -287,7 +287,7 @@ def run_2000(fault: str, victim: int, ranks: int) -> Transfer:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("fault", ["lose", "repeat"])
-def test_each_packet_lost_or_repeated_in_turn(fault: str, ranks: int) -> None:
+def test_pain_07_each_packet_lost_or_repeated_in_turn(fault: str, ranks: int) -> None:
     clean = run_2000(fault, -1, ranks)
     assert isinstance(clean.world, Counting)
     for victim in range(clean.world.seen):
@@ -363,6 +363,18 @@ def test_the_world_notices_wrong_bytes() -> None:
     host.memory = dict.fromkeys(host.memory, "wrong")
     with pytest.raises(AssertionError, match="wrong bytes"):
         one.world.run()
+
+
+def test_the_world_notices_a_committed_part_that_changes() -> None:
+    one = transfer(2000, resume="extend", blocks=4)
+    one.open()
+    run_until(one.world, lambda: bool(one.rx().held_parts))
+    host = one.world.hosts["r0"]
+    check(one.world, host)
+    block = one.rx().held_parts[0].blocks[0]
+    host.memory[block, 1] = host.memory[block, 0]
+    with pytest.raises(AssertionError, match="holds wrong bytes in part"):
+        check(one.world, host)
 
 
 def test_the_world_notices_a_missing_timer() -> None:

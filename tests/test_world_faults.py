@@ -84,7 +84,7 @@ def works_again(one: Transfer) -> None:
 
 
 @cases("drain", "extend")
-def test_abort_at_every_step(ranks: int, side: str, resume: str) -> None:
+def test_pain_02_abort_at_every_step(ranks: int, side: str, resume: str) -> None:
     for one in every_step(lambda: small(ranks, resume)):
         before = one.states()
         one.abort(side, "enough of it")
@@ -119,7 +119,7 @@ def test_clear_at_every_step(ranks: int, side: str, resume: str) -> None:
 
 
 @cases("drain", "extend")
-def test_the_deadline_of_the_gate_at_every_step(ranks: int, side: str, resume: str) -> None:
+def test_pain_08_the_deadline_of_the_gate_at_every_step(ranks: int, side: str, resume: str) -> None:
     gates = set()
     for one in every_step(lambda: small(ranks, resume)):
         session = one.side(side)

@@ -65,7 +65,7 @@ class Plan:
     dtype: str = "bfloat16"
     ranks: int = 1
     rooms: int = 1
-    transport: str = "tcp"
+    transport: str = "prefer:shm,tcp"
     resume: str = "drain"
     at_once: int = 1
 

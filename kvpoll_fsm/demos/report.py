@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpoll_fsm.demos.plan import Plan
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.selection import Policy
 
 __all__ = ["Account", "Report", "RoomReport", "same_hashes"]
 
@@ -20,7 +21,8 @@ class Account:
 
     Attributes:
         states: The states gone through, from the handle's history.
-        parts: The parts that had an outcome: number, tokens, is_last and transport.
+        parts: The parts that had an outcome: number, tokens, is_last, transport, and, at the sender, why others
+            were passed over.
         sha256: Of every field in this process's memory.
         failure: Why it did not end in Success.
         sent_s: When the sender was given the data; the machine's monotonic clock.
@@ -86,6 +88,16 @@ class RoomReport:
         seconds = self.seconds
         return self.plan.room_nbytes * self.plan.ranks / 1e9 / seconds if seconds else None
 
+    @property
+    def choices(self) -> list[str]:
+        """Which transports carried it and why these."""
+        policy = Policy.parse(self.plan.transport)
+        first = f"the first of {policy}, and it works between these processes"
+        if policy.mode == "require":
+            first = "as required"
+        used = dict.fromkeys((part["transport"], part["passed_over"]) for part in self.sender.parts)
+        return [f"{transport}: {why or first}" for transport, why in used]
+
     def same(self, rank: int) -> bool:
         """A receiver's hashes are the sender's."""
         names = [field.name for field in self.plan.layout.fields]
@@ -110,6 +122,7 @@ class RoomReport:
             "seconds": self.seconds,
             "gb_per_s": self.gb_per_s,
             "sender_states": self.sender.states,
+            "transport_choices": self.choices,
             "sender_failure": self.sender.failure,
             "sender_sha256": self.sender.sha256,
             "receivers": [

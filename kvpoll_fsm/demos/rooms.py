@@ -145,7 +145,14 @@ class Side:
     def _done(self, handle: Room, hashes: dict[str, str], **more: float | None) -> None:
         """Report the end of a room, in the handle's own words."""
         parts = [
-            {"part": p.part, "tokens": p.tokens, "is_last": p.is_last, "transport": p.transport} for p in handle.parts
+            {
+                "part": p.part,
+                "tokens": p.tokens,
+                "is_last": p.is_last,
+                "transport": p.transport,
+                "passed_over": p.passed_over,
+            }
+            for p in handle.parts
         ]
         self._report(
             "done",

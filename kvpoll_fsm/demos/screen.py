@@ -135,6 +135,8 @@ def print_report(console: Console, report: Report) -> None:
         for room in rooms:
             console.print()
             console.print(_heading(room))
+            for choice in room.choices:
+                console.print(Text(f"  over {choice}", "dim"))
             console.print(_sides(room))
             if room.sender.sha256:
                 console.print(_hashes(room), soft_wrap=True)

@@ -115,7 +115,9 @@ def check_history(key: RoomKey, session: Session) -> None:
 def check_held(world: World, host: Host, key: RoomKey, session: ReceiverSession) -> None:
     """What a receiver has committed and holds in its blocks stays as the sender sent it."""
     for held in session.held_parts:
-        assert host.read(held) == sent(world, host, key, held), f"{host.name}: {key} holds wrong bytes in {held}"
+        assert host.read(held) == sent(world, host, key, held), (
+            f"{host.name}: {key} holds wrong bytes in part {held.part}"
+        )
 
 
 def sent(world: World, host: Host, key: RoomKey, held: HeldPart) -> list[Cell]:

@@ -65,14 +65,16 @@ def draw(seed: int, mode: str, rooms: int, hours: float) -> Plan:
     deadlines = dice.choice([Deadlines(), HASTY])
     machines = _machines(dice, slowest_s=1.0 if deadlines.stall_s > HASTY.stall_s else 0.3)
     transports = dice.choice([("a",), ("a", "b")])
-    draw = _Draw(dice, machines, transports, one_way, most_room=max(3, rooms // 3))
+    pace = 1.0 if deadlines is not HASTY else 0.15
+    draw = _Draw(dice, machines, transports, one_way, max(3, rooms // 2), pace)
     heals = mode == "liveness"
     heal_s = hours * 3600 if heals else 0.0
     events = [event for at_s in _bursts(dice, hours, rooms) for event in draw.burst(*at_s)] + draw.rain(hours * 3600)
     if heals:
         events = [stopped for event in events if (stopped := _until(event, heal_s)) is not None]
-        settle_s = SETTLE_S + (deadlines.peer_lost_s if one_way else deadlines.room_timeout_s)
-        events += draw.probes(heal_s + settle_s)
+        soon_s, later_s = heal_s + SETTLE_S + deadlines.peer_lost_s, heal_s + SETTLE_S + deadlines.room_timeout_s
+        soon = one_way and deadlines is not HASTY
+        events += draw.probes(soon_s if soon else later_s, later_s)
     return Plan(
         seed=seed,
         mode=mode,
@@ -133,12 +135,14 @@ class _Draw:
         transports: tuple[str, ...],
         one_way: bool,
         most_room: int,
+        pace: float,
     ) -> None:
         self.dice = dice
         self.machines = machines
         self.transports = transports
         self.one_way = one_way
         self.most_room = most_room
+        self.pace = pace
         self.wild = dice.choice([0.0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 8.0])
 
     # Rooms
@@ -155,33 +159,52 @@ class _Draw:
         dice = self.dice
         sender, others = self._pair()
         tokens = dice.choice([1, 2, 3, 5, 8, 13, 21, 34])
-        supply = sorted((round(dice.uniform(0, 12), 3), dice.randint(1, tokens)) for _ in range(dice.choice([0, 0, 2])))
-        ready = [(0.0, tokens)] if not supply else [*supply, (round(supply[-1][0] + dice.uniform(0, 9), 3), tokens)]
+        moments = sorted(round(dice.uniform(0, 12) * self.pace, 3) for _ in range(dice.choice([0, 0, 2])))
+        supply = [(moment, dice.randint(1, tokens)) for moment in moments]
+        last = round(moments[-1] + dice.uniform(0, 9) * self.pace, 3) if moments else 0.0
         return Open(
             at_s=round(at_s, 3),
             room=dice.randint(1, self.most_room),
             sender=sender.name,
             tokens=tokens,
             ranks=self._ranks(others, dice.choice([1, 1, 2, 4]), hurry=False),
-            supply=tuple(ready),
+            supply=(*supply, (last, tokens)),
             after_s=self._hesitation(),
             staged=sender.managed,
             told=dice.random() < 0.5,
-            clear_s=round(dice.choice([0.0, 1.0, 20.0]) * dice.random(), 3),
+            clear_s=round(dice.choice([0.0, 1.0, 20.0]) * dice.random() * self.pace, 3),
         )
 
-    def probes(self, from_s: float) -> list[Event]:
-        """Rooms of hosts that do everything at once, in a world without faults; each must succeed."""
-        return [self._probe(from_s + number * PROBE_GAP_S, PROBE_ROOM + number) for number in range(PROBES)]
+    def probes(self, soon_s: float, later_s: float) -> list[Event]:
+        """Rooms of hosts that do everything at once, in a world without faults; each must succeed.
 
-    def _probe(self, at_s: float, room: int) -> Open:
+        Args:
+            soon_s: From here on pools that choose their blocks serve everybody, though older rooms hold some still.
+            later_s: From here on older rooms are over, and engines have their blocks back.
+        """
+        half = PROBES // 2
+        soon = [self._probe(soon_s + number * PROBE_GAP_S, number) for number in range(half)]
+        later = [self._probe(later_s + number * PROBE_GAP_S, number) for number in range(half, PROBES)]
+        return [*(room for room in soon if soon_s == later_s or not self._needs_engine(room)), *later]
+
+    def _needs_engine(self, room: Open) -> bool:
+        ours = {machine.name for machine in self.machines if machine.managed}
+        return not ours.issuperset(rank.host for rank in room.ranks)
+
+    def _probe(self, at_s: float, number: int) -> Open:
         dice = self.dice
         sender, others = self._pair()
-        tokens = dice.choice([1, 2, 5, 8])
-        ranks = self._ranks(others, dice.choice([1, 1, 2, 3]), hurry=True)
-        staged = sender.managed
+        tokens, count = dice.choice([1, 2, 5, 8]), dice.choice([1, 1, 2, 3])
         return Open(
-            at_s, room, sender.name, tokens, ranks, ((0.0, tokens),), staged=staged, clear_s=1.0, must_succeed=True
+            at_s=at_s,
+            room=PROBE_ROOM + number,
+            sender=sender.name,
+            tokens=tokens,
+            ranks=self._ranks(others, count, hurry=True),
+            supply=((0.0, tokens),),
+            staged=sender.managed,
+            clear_s=1.0,
+            must_succeed=True,
         )
 
     def _pair(self) -> tuple[Machine, list[Machine]]:
@@ -201,7 +224,9 @@ class _Draw:
             dummy = (number > 0 and dice.random() < 0.15) or share == 0
             blocks = 0 if dummy else dice.randint(1, min(share, 4))
             resume = dice.choice(["drain", "drain", "extend"]) if machine.managed else "manual"
-            after_s, think_s = (0.0, 0.0) if hurry else (self._hesitation(), round(dice.expovariate(1.0), 3))
+            after_s, think_s = (
+                (0.0, 0.0) if hurry else (self._hesitation(), round(dice.expovariate(1.0) * self.pace, 3))
+            )
             ranks.append(Rank(machine.name, blocks, resume, after_s, think_s))
         if not any(rank.blocks for rank in ranks):
             first = ranks[0]
@@ -209,7 +234,7 @@ class _Draw:
         return tuple(ranks)
 
     def _hesitation(self) -> float:
-        return round(self.dice.choice([0.0, 0.0, 0.1, 1.0, 10.0, 40.0]) * self.dice.random(), 3)
+        return round(self.dice.choice([0.0, 0.0, 0.1, 1.0, 10.0, 40.0]) * self.dice.random() * self.pace, 3)
 
     # Faults
 
@@ -251,8 +276,8 @@ class _Draw:
         if self.dice.random() < 0.2:
             source, dest = self.dice.sample([machine.name for machine in self.machines], 2)
             return source, dest
-        ends = (room.sender, self.dice.choice(room.ranks).host)
-        return ends if self.dice.random() < 0.7 else ends[::-1]
+        sender, receiver = room.sender, self.dice.choice(room.ranks).host
+        return (sender, receiver) if self.dice.random() < 0.7 else (receiver, sender)
 
     def _one(self, room: Open) -> str:
         return self.dice.choice([room.sender, *(rank.host for rank in room.ranks)])

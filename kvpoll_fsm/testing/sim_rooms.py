@@ -38,7 +38,7 @@ _BUGS = {
     FailureCode.UnsupportedVersion,
 }
 """Nothing a plan does may end a room so."""
-_MIXED_UP = ("ranks are required", "another life of rank", "reserved again")
+_MIXED_UP = ("ranks are required", "another life of rank", "reserved again", "every rank is a dummy")
 """What may be called a breach of the protocol: hosts that use one number for two rooms at once."""
 
 

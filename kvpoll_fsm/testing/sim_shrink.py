@@ -12,6 +12,8 @@ from kvpoll_fsm.testing.simulate import Violation, simulate
 __all__ = ["shrink"]
 
 MOST_RUNS = 400
+SLACK_S = 100.0
+"""How much later than at first the law may break in a smaller plan."""
 
 
 class _Shrinker:
@@ -20,6 +22,7 @@ class _Shrinker:
     def __init__(self, plan: Plan, violation: Violation, runs: int) -> None:
         self.plan = plan
         self.where = violation.where
+        self.until_s = violation.at_s + SLACK_S
         self.runs = runs
 
     def try_events(self, events: Sequence[Event]) -> bool:
@@ -28,7 +31,7 @@ class _Shrinker:
             return False
         self.runs -= 1
         plan = self.plan.with_events(tuple(events))
-        violation = simulate(plan).violation
+        violation = simulate(plan, self.until_s).violation
         if violation is None or violation.where != self.where:
             return False
         self.plan = plan

@@ -7,6 +7,7 @@ open then ends within its deadlines, and every room that is opened afterwards su
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from kvpoll_fsm.testing.sim_world import TimedWorld
 __all__ = ["Outcome", "Violation", "simulate"]
 
 REST_S = 3600.0
-"""How long after the last event everything is over, at the latest: a room's whole life, and its quarantine."""
+"""How long after the last event, or the end of what lasts, everything is over: a room's life, and its quarantine."""
 BYE_S = 0.5
 """How long an endpoint that closes speaks."""
 
@@ -79,12 +80,12 @@ class Outcome:
     violation: Violation | None = None
 
 
-def simulate(plan: Plan) -> Outcome:
-    """Run a plan to its end, or to the first broken law."""
+def simulate(plan: Plan, until_s: float = math.inf) -> Outcome:
+    """Run a plan to its end, or to some moment, or to the first broken law."""
     run = _Run(plan)
     violation = None
     try:
-        run.to_the_end()
+        run.to_the_end(until_s)
     except Exception as error:  # whatever leaves a core, or a law, is the finding
         violation = Violation.of(error, run.clock)
     return Outcome(
@@ -117,10 +118,12 @@ class _Run:
         if plan.heal_s:
             self.clock.at(plan.heal_s + self._healing_s, CHECK, self._must_be_healed)
 
-    def to_the_end(self) -> None:
+    def to_the_end(self, until_s: float) -> None:
         """Until nothing is left to happen; then nothing may be left of any room."""
-        last = max((event.at_s for event in self.plan.events), default=0.0)
+        last = max((event.at_s + getattr(event, "for_s", 0.0) for event in self.plan.events), default=0.0)
         while self.clock.step():
+            if self.clock.now > until_s:
+                return
             assert self.clock.now < last + REST_S, f"{REST_S:g} s after the last event things happen still"
         for host in self.world.hosts.values():
             check_host_empty(host)

@@ -45,6 +45,8 @@ TCP = {"connect_s": 1.0, "handshake_s": 1.0, "cancel_patience_s": 0.5, "dead_pee
 BETWEEN_S = 0.6
 """From fault to fault, on the average."""
 LAYOUTS = 2
+ENGINE_BLOCKS = 4096
+"""An engine has blocks for all its rooms at a time."""
 MAX_LIVES = 3
 """How often one room number is opened."""
 CONTROL_PORT, DATA_PORT = 6000, 7000
@@ -130,7 +132,7 @@ class Plan:
                     "name": f"engine{layout}" if adopt else str(layout),
                     "fields": self.layouts[layout],
                     "block_tokens": dice.choice((4, 8, 16)),
-                    "blocks": dice.randint(16, 40),
+                    "blocks": ENGINE_BLOCKS if adopt else dice.randint(16, 40),
                     "adopt": adopt,
                     "host": f"{NETWORK}{host + 1}",
                     "port": CONTROL_PORT + port,
@@ -146,15 +148,15 @@ class Plan:
     def room(self, number: int, *, calm: bool, life: int = 0) -> RoomPlan:
         """A room by its number; a calm one is aborted, cleared or left waiting by nobody.
 
-        Later lives of a room have the sender, the data and the number of ranks of the first; the ranks are others.
+        Later lives of a room have the ranks and the data of the first; what its hosts do is drawn anew.
         """
         dice = self._dice(f"room {number}")
-        layout, sender, count = dice.randrange(LAYOUTS), dice.choice(SENDERS), dice.choice((1, 1, 1, 2, 2, 4))
+        layout, sender = dice.randrange(LAYOUTS), dice.choice(SENDERS)
+        ranks = tuple(self._rank(dice, layout) for _ in range(dice.choice((1, 1, 1, 2, 2, 4))))
         tokens = dice.randint(1, dice.choice((1, 64, 300, 300, 1500)))
         dice = self._dice(f"room {number} life {life}")
-        ranks = tuple(self._rank(dice, layout) for _ in range(count))
         steps = [Step(dice.uniform(0, 0.1), "open", "sender"), Step(dice.uniform(0.1, 0.5), "supply", "sender")]
-        steps += [Step(dice.uniform(0, 0.2), "open", "receiver", rank) for rank in range(count)]
+        steps += [Step(dice.uniform(0, 0.2), "open", "receiver", rank) for rank in range(len(ranks))]
         if not calm:
             steps = self._disturbed(dice, steps)
         told, again = dice.random() < 0.7, not calm and life < MAX_LIVES - 1 and dice.random() < 0.7

@@ -122,16 +122,15 @@ class Program:
             watched.handle.send(make_arrays(self.fields[watched.endpoint], self.seed, room, watched.tokens))
 
     def receiver(self, endpoint: str, room: int, peer: str, rank: int, ranks: int, grant: int, resume: str) -> None:
-        opening: dict[str, Any] = {"peer": peer, "rank": rank, "ranks": ranks}
+        opening: dict[str, Any] = {"peer": peer, "rank": rank, "ranks": ranks, "resume": resume}
         watched = Watched(endpoint, None, 0)  # type: ignore[arg-type]
-        engine = self.engines.get(f"engine{endpoint}")
-        wanted = -(-grant // engine.pool.layout.block_tokens) if engine else 0
-        if resume == "manual" and engine is not None and wanted <= len(engine.free):
-            watched.endpoint, watched.engine = f"engine{endpoint}", engine
-            watched.blocks = [engine.free.pop() for _ in range(wanted)]
-            opening |= {"resume": "manual", "blocks": watched.blocks}
+        if resume == "manual":
+            watched.endpoint = f"engine{endpoint}"
+            engine = watched.engine = self.engines[watched.endpoint]
+            watched.blocks = [engine.free.pop() for _ in range(-(-grant // engine.pool.layout.block_tokens))]
+            opening["blocks"] = watched.blocks
         else:
-            opening |= {"resume": "drain" if resume == "manual" else resume, "tokens": grant}
+            opening["tokens"] = grant
         watched.handle = self.endpoints[watched.endpoint].receiver(room, **opening)
         self.rooms["receiver", room, rank] = watched
 

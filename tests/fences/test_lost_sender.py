@@ -47,7 +47,7 @@ def settled(spare: Worker, receivers: dict[Worker, tuple[int, ...]], room: int, 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("tokens", [SMALL, TOKENS])
-def test_sender_killed_with_bytes_in_kernel_buffers(cluster: Cluster, ranks: int, tokens: int) -> None:
+def test_pain_01_sender_killed_with_bytes_in_kernel_buffers(cluster: Cluster, ranks: int, tokens: int) -> None:
     """The kernel hands out what the dead process had sent, long after its room was given up.
 
     A small part is there whole, of a large one there are megabytes.
@@ -94,7 +94,7 @@ def gone_mid_part(tx: Worker, proxy: Proxy, control: Proxy, rx: Worker) -> None:
     control.hold_down()
 
 
-def test_senders_host_gone_for_good(cluster: Cluster, proxy: Proxy, control: Proxy) -> None:
+def test_pain_01_senders_host_gone_for_good(cluster: Cluster, proxy: Proxy, control: Proxy) -> None:
     """A token can be fenced alone: the blocks are free at once, and nobody else is harmed."""
     tx, healthy, spare, rx = (cluster.start(name) for name in ("tx", "healthy", "spare", "rx"))
     for worker in (tx, healthy, spare):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.faults.harness import BIG, FAST, Cluster, Worker
@@ -14,11 +16,13 @@ SLOW = {"nbytes": 1 << 12, "pause_s": 0.02}
 """A part of 7.3 MB would take half a minute."""
 
 
-def mid_part(cluster: Cluster, tx_deadlines: dict[str, float], rx_deadlines: dict[str, float]) -> tuple[Worker, Worker]:
+def mid_part(
+    cluster: Cluster, tx_deadlines: dict[str, float], rx_deadlines: dict[str, float], **both: Any
+) -> tuple[Worker, Worker]:
     """Room 1 has begun to land; room 2 waits for its blocks."""
     tx, rx = cluster.start("tx"), cluster.start("rx")
-    tx.open(**BIG, role="sender", deadlines=tx_deadlines)
-    rx.open(**ONE_GRANT, deadlines=rx_deadlines)
+    tx.open(**BIG, **both, role="sender", deadlines=tx_deadlines)
+    rx.open(**ONE_GRANT, **both, deadlines=rx_deadlines)
     rx("brake", **SLOW)
     tx("sender", room=2)
     tx("sender", room=1, tokens=TOKENS)
@@ -52,10 +56,21 @@ def settled(tx: Worker, rx: Worker) -> None:
 
 @pytest.mark.parametrize("how", ["abort", "clear"])
 @pytest.mark.parametrize("who", ["sender", "receiver"])
-def test_given_up_by_a_host_while_the_receiver_is_slow(cluster: Cluster, who: str, how: str) -> None:
+def test_pain_01_given_up_by_a_host_while_the_receiver_is_slow(cluster: Cluster, who: str, how: str) -> None:
     tx, rx = mid_part(cluster, CALM, CALM)
     giver, other, side = (tx, rx, "receiver") if who == "sender" else (rx, tx, "sender")
     giver(how, side=who, room=1)
+    assert other.end_of(side, 1)["code"] == "Aborted"
+    released_only_behind_the_fence(rx)
+    settled(tx, rx)
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_given_up_while_records_wait_to_be_decrypted(cluster: Cluster, who: str) -> None:
+    """With TLS bytes of the part are in this process too, read from the kernel and not yet in place."""
+    tx, rx = mid_part(cluster, CALM, CALM, tls=True)
+    giver, other, side = (tx, rx, "receiver") if who == "sender" else (rx, tx, "sender")
+    giver("abort", side=who, room=1)
     assert other.end_of(side, 1)["code"] == "Aborted"
     released_only_behind_the_fence(rx)
     settled(tx, rx)

@@ -31,7 +31,7 @@ def nothing_wrong(tx: Worker, rx: Worker) -> None:
 
 
 @pytest.mark.parametrize("lent", ["arrays", "blocks"])
-def test_what_was_lent_is_overwritten_the_moment_it_is_given_back(cluster: Cluster, lent: str) -> None:
+def test_pain_18_what_was_lent_is_overwritten_the_moment_it_is_given_back(cluster: Cluster, lent: str) -> None:
     """Borrowed arrays, and an engine's own blocks that the kernel reads from: a parallel part still has every byte."""
     tx, rx = open_two(cluster, SLOW, adopt=lent == "blocks")
     tx("lend", room=1, tokens=TOKENS, blocks=8 if lent == "blocks" else 0)

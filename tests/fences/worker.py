@@ -23,7 +23,10 @@ from kvpoll_tcp.receiver import Reader
 from tests.faults.processes import be_mother
 from tests.faults.worker import LOOK_S, Host, make_data, serve
 from tests.fences.watch import PAINT, SCORCH, Watch
+from tests.transports.certificates import contexts
 
+TLS = contexts()
+"""Made in the mother, so that all of her children trust each other."""
 _receive = Reader._receive
 
 
@@ -68,9 +71,13 @@ class FenceHost(Host):
         self.watches: dict[str, Watch] = {}
         self._sampling: tuple[threading.Thread, threading.Event, list[str], list[int]] | None = None
 
-    def open(self, name: str = "main", role: str = "receiver", costly: bool = False, **settings: Any) -> dict[str, Any]:
+    def open(
+        self, name: str = "main", role: str = "receiver", costly: bool = False, tls: bool = False, **settings: Any
+    ) -> dict[str, Any]:
         """Open an endpoint that is watched."""
         load = registry.load
+        if tls:
+            settings["tcp"] = {**settings.get("tcp", {}), "tls": TLS}
         if costly:
             registry.load = lambda name: CostlyTcp  # type: ignore[assignment, misc, return-value]
         try:

@@ -102,7 +102,7 @@ def with_the_key_of_another_server(made: Scene) -> Strangers:
 
 
 @pytest.mark.parametrize("attack", [without_keys, with_an_untrusted_key, with_the_key_of_another_server])
-def test_a_stranger_is_not_heard(locked: Scene, attack: Callable[[Scene], Strangers]) -> None:
+def test_pain_24_a_stranger_is_not_heard(locked: Scene, attack: Callable[[Scene], Strangers]) -> None:
     before = locked.settled()
     eve, reasons = attack(locked)
     with eve:

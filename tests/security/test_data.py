@@ -151,7 +151,7 @@ def cut(visitor: Raw, scene: Scene) -> str:
 
 
 @pytest.mark.parametrize("attack", [replay, guess, reflect, another_start, cut])
-def test_who_cannot_prove_the_secret_is_not_heard(scene: Scene, attack: Callable[[Raw, Scene], str]) -> None:
+def test_pain_24_who_cannot_prove_the_secret_is_not_heard(scene: Scene, attack: Callable[[Raw, Scene], str]) -> None:
     before = scene.state()
     with Raw(scene.descriptor, shake_hands=False) as visitor:
         reason = attack(visitor, scene)

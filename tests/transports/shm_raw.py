@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import pytest
 
-from kvpoll_fsm.spi import Transport
+from kvpoll_fsm.spi import LinkDown, Transport
 from kvpoll_shm import handshake, hosts, wire
+from kvpoll_shm.copying import Copying
+from tests.transports.harness import Pair, until
 
 
 def read_descriptor(data: bytes) -> handshake.Descriptor:
@@ -27,9 +32,11 @@ def changed(transport: Transport, **changes: Any) -> bytes:
 class Peer:
     """One end of a connection, that waits."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, pump: Callable[[], None] = lambda: None) -> None:
+        """`pump` lets the transport at the other end do its part, while we wait for it."""
         self.socket = sock
         self.socket.settimeout(20)
+        self._pump = pump
 
     def say(self, message: wire.Message | bytes, fds: Sequence[int] = ()) -> None:
         packet = message if isinstance(message, bytes) else wire.encode(message)
@@ -37,7 +44,18 @@ class Peer:
         self.socket.sendmsg([packet], rights)
 
     def hear(self) -> wire.Message:
-        return wire.decode(self.socket.recv(1 << 20))
+        return wire.decode(self.receive()[0])
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """A packet, empty at the end of the connection, and the file descriptors with it."""
+
+        def is_here() -> list[Any]:
+            self._pump()
+            return select.select([self.socket], [], [], 0)[0]
+
+        until(is_here, "a packet")
+        packet, fds, _, _ = socket.recv_fds(self.socket, 1 << 20, 10)
+        return packet, fds
 
     def is_cut(self) -> bool:
         """Whether the other side ends the connection, whatever it says before."""
@@ -92,5 +110,32 @@ class Impostor(Peer):
         return listening, name
 
     @classmethod
-    def accept(cls, listening: socket.socket) -> Impostor:
-        return cls(listening.accept()[0])
+    def accept(cls, listening: socket.socket, pump: Callable[[], None]) -> Impostor:
+        return cls(listening.accept()[0], pump)
+
+
+def down(pair: Pair, descriptor: bytes) -> str:
+    """Why a link to this descriptor does not work."""
+    link = pair.tx.transport.connect(descriptor, [])
+    pair.until(lambda: pair.tx.links.get(link.number), "the news")
+    (news,) = [seen for seen in pair.tx.seen if isinstance(seen, LinkDown) and seen.link == link.number]
+    return news.reason
+
+
+class Gate:
+    """Holds the copying before each slice from `at` on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 0) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+        self.slices = 0
+        copy = Copying._copy
+
+        def held(copying: Copying) -> Any:
+            if self.slices >= at:
+                self.reached.set()
+                assert self.opened.wait(20)
+            self.slices += 1
+            return copy(copying)
+
+        monkeypatch.setattr(Copying, "_copy", held)

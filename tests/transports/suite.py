@@ -227,7 +227,7 @@ class TransportSuite(abc.ABC):
         pair.fence(b"unknown")
         assert len(pair.rx.fenced) == 4
 
-    def test_nothing_lands_after_a_fence(self, pair: Pair, link: Link) -> None:
+    def test_pain_01_nothing_lands_after_a_fence(self, pair: Pair, link: Link) -> None:
         token, other = pair.rx.grant(), pair.rx.grant(Range(1, 0, 100))
         tickets = [link.submit(HUGE, token) for _ in range(4)]
         survivor = link.submit([Write(1, 0, 0, 100)], other)

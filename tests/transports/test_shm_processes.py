@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import pytest
 
 from kvpoll_fsm.spi import Done, Failed, LinkDown, Write
 from kvpoll_shm import ShmTransport
-from kvpoll_shm.copying import SLICE_NBYTES, Copying
+from kvpoll_shm.copying import SLICE_NBYTES
 from tests.transports import shm_raw as raw
-from tests.transports.harness import HUGE, SIZES, Pair, Side, until
+from tests.transports.harness import HUGE, SIZES, Pair, Side, footprint, until
 
 ARENA_NBYTES = SIZES[0]
 CANARY = b"\xc5"
@@ -167,6 +166,7 @@ def test_close_is_not_held_up_by_a_paused_receiver(receiver: Receiver) -> None:
 
 
 def test_a_killed_receiver_fails_its_tickets_for_good(tx: Side, receiver: Receiver) -> None:
+    before = footprint()
     link = tx.transport.connect(receiver.descriptor, [receiver.region])
     ended(tx, link.submit([Write(0, 0, 0, 1)], receiver.token))
     receiver.pause()  # so that it dies with the tickets at hand
@@ -174,6 +174,7 @@ def test_a_killed_receiver_fails_its_tickets_for_good(tx: Side, receiver: Receiv
     until(lambda: link.lane._sent == set(tickets), "the orders to be sent")  # type: ignore[attr-defined]
     receiver.kill()
     assert all(isinstance(end, Failed) and end.quiescent for end in ended(tx, *tickets))
+    assert footprint() == before
     late = link.submit([Write(0, 0, 0, 1)], receiver.token)
     assert isinstance(ended(tx, late)[0], Failed)
     assert any("refused" in seen.reason for seen in tx.seen if isinstance(seen, LinkDown))
@@ -184,31 +185,12 @@ def test_a_killed_receiver_fails_its_tickets_for_good(tx: Side, receiver: Receiv
 # The writer stops or dies
 
 
-class Gate:
-    """Holds the copying before its second slice."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-        self._slices = 0
-        copy = Copying._copy
-
-        def held(copying: Copying) -> Any:
-            self._slices += 1
-            if self._slices == 2:
-                self.reached.set()
-                assert self.opened.wait(20)
-            return copy(copying)
-
-        monkeypatch.setattr(Copying, "_copy", held)
-
-
 def start(writer: Child, rx: Side, token: bytes) -> None:
     writer.tell(descriptor=rx.transport.descriptor().hex(), token=token.hex(), nbytes=ARENA_NBYTES)
     assert writer.hear() == {"submitted": 4}
 
 
-def lease_to_somebody_else(rx: Side, token: bytes, gate: Gate) -> None:
+def lease_to_somebody_else(rx: Side, token: bytes, gate: raw.Gate) -> None:
     """Fence, and paint the memory once that is said to be over."""
     fence = rx.transport.fence(token)
     rx.pump()
@@ -221,7 +203,8 @@ def lease_to_somebody_else(rx: Side, token: bytes, gate: Gate) -> None:
 def test_a_killed_writer_writes_nothing_behind_a_fence(
     rx: Side, writer: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, token = Gate(monkeypatch), rx.grant()
+    gate, token = raw.Gate(monkeypatch, at=1), rx.grant()
+    before = footprint()
     start(writer, rx, token)
     assert gate.reached.wait(20)
     assert rx.arenas[0][:SLICE_NBYTES] == b"\xaa" * SLICE_NBYTES
@@ -230,13 +213,13 @@ def test_a_killed_writer_writes_nothing_behind_a_fence(
     lease_to_somebody_else(rx, token, gate)
     until(lambda: not foreign_maps(), "its memory to be let go of")
     assert rx.arenas[0][:] == CANARY * ARENA_NBYTES
-    until(lambda: not rx.transport._listener._known, "the connection's end")  # type: ignore[attr-defined]
+    until(lambda: footprint() == before, "the end of its connection")
 
 
 def test_a_stopped_writer_writes_nothing_behind_a_fence_and_cannot_hold_it_up(
     rx: Side, writer: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, token = Gate(monkeypatch), rx.grant()
+    gate, token = raw.Gate(monkeypatch, at=1), rx.grant()
     start(writer, rx, token)
     assert gate.reached.wait(20)
     writer.pause()
@@ -279,7 +262,7 @@ def test_another_user_gets_nowhere(rx: Side) -> None:
         "except ConnectionResetError: print(b'')\n"
     )
     name = raw.read_descriptor(rx.transport.descriptor()).socket
-    ran = subprocess.run([sys.executable, "-I", "-c", program, name], capture_output=True, text=True, timeout=30)
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", program, name], capture_output=True, text=True, timeout=30)
     assert (ran.stdout, ran.stderr) == ("b''\n", "")
     assert rx.transport.refused() == {"another user": 1}  # type: ignore[attr-defined]
 

@@ -88,7 +88,7 @@ def wrong_version(visitor: Raw) -> None:
         mirrored_role,
     ],
 )
-def test_strangers_are_dropped(scene: Scene, visit: Callable[[Raw], None]) -> None:
+def test_pain_24_strangers_are_dropped(scene: Scene, visit: Callable[[Raw], None]) -> None:
     with Raw(scene.descriptor, shake_hands=False) as visitor:
         visit(visitor)
         assert visitor.is_dropped()

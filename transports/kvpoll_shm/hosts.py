@@ -95,6 +95,8 @@ class Mapping:
             raise OSError(f"a region of {place.nbytes} bytes in a shorter file")
         self._memory = mmap.mmap(fd, end, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         self._memory.madvise(mmap.MADV_DONTFORK)
+        with contextlib.suppress(OSError):  # a kernel without huge pages does with small ones
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._memory)[place.offset : end]
 
     def close(self) -> None:

@@ -132,7 +132,6 @@ class Visitor:
         Raises:
             MalformedMessage: It breaks the rules.
             Refused: He is not to be dealt with.
-            OSError: His regions cannot be mapped.
         """
         if fds and self._expect != self._on_regions:
             raise MalformedMessage("file descriptors that nobody asked for")
@@ -195,7 +194,10 @@ class Visitor:
         for place, fd in zip(message.places, fds, strict=True):
             if place.region in self._mappings:
                 raise MalformedMessage("gives a region twice")
-            self._mappings[place.region] = hosts.Mapping(fd, place)
+            try:
+                self._mappings[place.region] = hosts.Mapping(fd, place)
+            except OSError as error:
+                raise Refused("gives memory that cannot be mapped", str(error)) from error
         self._expect = self._on_order
         self._pipe.send(wire.encode(Ready()))
 

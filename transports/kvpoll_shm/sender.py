@@ -33,8 +33,8 @@ class Sources:
 class Lane:
     """The connection of one link, made at the start and again when there is an order and none stands.
 
-    Used by the driver's thread, which turns the reactor. A ticket is waiting (nothing of it was sent), sent, or loose: it has ended as far as we
-    told, but the receiver has not said so.
+    Used by the driver's thread, which turns the reactor. A ticket is waiting (nothing of it was sent), sent, or loose:
+    it has ended as far as we told, but the receiver has not said so.
 
     Attributes:
         is_over: Closed, and the receiver is known to have stopped or is not waited for any more.
