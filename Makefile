@@ -21,7 +21,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check coverage explore soak fuzz chaos clean
+.PHONY: help demo test check coverage explore soak fuzz chaos bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ fuzz: .venv/.stamp-fuzz ## every decoder under atheris, some minutes; longer wit
 chaos: .venv/.stamp-demo ## 1,000 rooms under random faults, about 4 minutes, as root; one again with: make chaos SEED=7
 	$(BIN)/python -m tests.chaos.run $(if $(SEED),--seed $(SEED))
 
+bench: .venv/.stamp-bench ## the library beside its peers, in under 15 minutes; figures and plots go to docs/
+	$(BIN)/kvpoll bench --out docs
+
 clean: ## remove everything that make and the tools made, .venv included
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -98,3 +101,13 @@ clean: ## remove everything that make and the tools made, .venv included
 	|| { echo 'atheris has no wheel for this Python: make clean, then make fuzz PYTHON=python3.11 (to 3.13)' >&2; exit 1; }
 	$(PIP) --no-build-isolation -e '.[fuzz]'
 	@touch $@
+
+# Peers that only the benchmarks need. What cannot be installed is named as missing in the results.
+BENCH_DEBS := iperf3 libibverbs1 librdmacm1 libnuma1 libcurl4
+.venv/.stamp-bench: pyproject.toml $(PINS) | .venv/.stamp-venv
+	$(PIP) --no-build-isolation -e '.[bench]'
+	@dpkg -s $(BENCH_DEBS) >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && echo 'installing $(BENCH_DEBS)' && apt-get -qq update \
+	     && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install $(BENCH_DEBS) >/dev/null; } \
+	|| echo 'iperf3 or Mooncake may be missing: as root, apt-get install $(BENCH_DEBS)' >&2
+	@touch .venv/.stamp-demo $@

@@ -57,7 +57,12 @@ class Beside:
 def main() -> None:
     """Spin until standard input ends, which it does when the parent has died."""
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def watch() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
     print(flush=True)
     spin(ended)
 

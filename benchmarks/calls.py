@@ -139,7 +139,7 @@ def _python_statemachine() -> Callable[[], Any]:
 
 def _time(call: Callable[[], Any], budget_s: float) -> list[float]:
     """Seconds per call, in blocks of calls; what goes round the loop is in all of them alike."""
-    samples = []
+    samples: list[float] = []
     ends_s = time.perf_counter() + budget_s
     while not samples or time.perf_counter() < ends_s:
         started_s = time.perf_counter()

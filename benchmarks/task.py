@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import calls, growth, job
@@ -15,7 +16,7 @@ from benchmarks.results import Results, Series
 
 __all__ = ["perform"]
 
-TASKS = {"calls": calls.measure, "growth": growth.measure, "job": job.measure}
+TASKS: dict[str, Callable[..., None]] = {"calls": calls.measure, "growth": growth.measure, "job": job.measure}
 
 
 def perform(results: Results, task: str, within_s: float, **arguments: Any) -> None:

@@ -101,7 +101,8 @@ class Worker:
 
 
 def _find(module: str, name: str) -> Peer:
-    return next(peer for peer in importlib.import_module(module).PEERS if peer.name == name)
+    known: list[Peer] = importlib.import_module(module).PEERS
+    return next(peer for peer in known if peer.name == name)
 
 
 def main(arguments: list[str]) -> None:

@@ -39,8 +39,8 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_our_transports_are_found_and_follow_the_protocol() -> None:
-    assert {"memory", "tcp"} <= registry.available().keys()
-    for name in ("memory", "tcp"):
+    assert {"memory", "tcp", "shm"} <= registry.available().keys()
+    for name in ("memory", "tcp", "shm"):
         transport = registry.load(name)
         assert transport.name == name
         assert isinstance(transport(), Transport)
@@ -58,7 +58,7 @@ def test_of_two_with_one_name_the_first_found_counts(monkeypatch: pytest.MonkeyP
     assert registry.available() == {"tcp": entries[0]}
 
 
-@pytest.mark.parametrize("name", ["shm", "mooncake", "nixl"])
+@pytest.mark.parametrize("name", ["mooncake", "nixl"])
 def test_what_ships_later_says_so(name: str) -> None:
     if name in registry.available():
         pytest.skip("it has shipped")

@@ -120,7 +120,7 @@ def _peer(transport: str, isolation: str, checksum: bool | str) -> Peer:
         f"room {transport} {isolation}" + ("" if checksum else " unchecked"),
         Sender,
         Receiver,
-        settings=f'endpoints, isolation="{isolation}", data given to Success at the sender; a room per transfer, copies '
+        settings=f'endpoints, isolation="{isolation}", data given to Success at the sender; a room each, copies '
         "into and out of blocks included",
         checksum="default: XXH3-128 of each part, unless the medium detects errors" if checksum else "off",
         cases=("1KiB", "64KiB", "1MiB", "8MiB", "64MiB"),

@@ -66,15 +66,12 @@ def draw(seed: int, mode: str, rooms: int, hours: float) -> Plan:
     machines = _machines(dice, slowest_s=1.0 if deadlines.stall_s > HASTY.stall_s else 0.3)
     transports = dice.choice([("a",), ("a", "b")])
     pace = 1.0 if deadlines is not HASTY else 0.15
-    draw = _Draw(dice, machines, transports, one_way, max(3, rooms // 2), pace)
-    heals = mode == "liveness"
-    heal_s = hours * 3600 if heals else 0.0
-    events = [event for at_s in _bursts(dice, hours, rooms) for event in draw.burst(*at_s)] + draw.rain(hours * 3600)
-    if heals:
-        events = [stopped for event in events if (stopped := _until(event, heal_s)) is not None]
-        soon_s, later_s = heal_s + SETTLE_S + deadlines.peer_lost_s, heal_s + SETTLE_S + deadlines.room_timeout_s
-        soon = one_way and deadlines is not HASTY
-        events += draw.probes(soon_s if soon else later_s, later_s)
+    drawing = _Draw(dice, machines, transports, one_way, max(3, rooms // 2), pace)
+    events = [event for burst in _bursts(dice, hours, rooms) for event in drawing.burst(*burst)]
+    events += drawing.rain(hours * 3600)
+    heal_s = hours * 3600 if mode == "liveness" else 0.0
+    if heal_s:
+        events = drawing.heal(events, heal_s, deadlines)
     return Plan(
         seed=seed,
         mode=mode,
@@ -144,6 +141,13 @@ class _Draw:
         self.most_room = most_room
         self.pace = pace
         self.wild = dice.choice([0.0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 8.0])
+
+    def heal(self, events: list[Event], heal_s: float, deadlines: Deadlines) -> list[Event]:
+        """What of these events is over when faults stop, and the rooms that must succeed afterwards."""
+        before = [stopped for event in events if (stopped := _until(event, heal_s)) is not None]
+        soon_s, later_s = heal_s + SETTLE_S + deadlines.peer_lost_s, heal_s + SETTLE_S + deadlines.room_timeout_s
+        soon = self.one_way and deadlines is not HASTY
+        return before + self.probes(soon_s if soon else later_s, later_s)
 
     # Rooms
 

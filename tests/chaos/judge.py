@@ -11,6 +11,7 @@ __all__ = ["Room", "Side", "judged"]
 
 REASONS = {
     "Aborted",
+    "Displaced",  # by word of an earlier attempt at another place that was held up in the network
     "PeerLost",
     "OutcomeUnknown",
     "DeadlinePassed",

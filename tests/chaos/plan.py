@@ -148,13 +148,14 @@ class Plan:
     def room(self, number: int, *, calm: bool, life: int = 0) -> RoomPlan:
         """A room by its number; a calm one is aborted, cleared or left waiting by nobody.
 
-        Later lives of a room have the ranks and the data of the first; what its hosts do is drawn anew.
+        Later lives of a room have the data of the first; where its ranks are, and what its hosts do, is drawn anew.
         """
         dice = self._dice(f"room {number}")
         layout, sender = dice.randrange(LAYOUTS), dice.choice(SENDERS)
-        ranks = tuple(self._rank(dice, layout) for _ in range(dice.choice((1, 1, 1, 2, 2, 4))))
+        count = dice.choice((1, 1, 1, 2, 2, 4))
         tokens = dice.randint(1, dice.choice((1, 64, 300, 300, 1500)))
         dice = self._dice(f"room {number} life {life}")
+        ranks = tuple(self._rank(dice, layout) for _ in range(count))
         steps = [Step(dice.uniform(0, 0.1), "open", "sender"), Step(dice.uniform(0.1, 0.5), "supply", "sender")]
         steps += [Step(dice.uniform(0, 0.2), "open", "receiver", rank) for rank in range(len(ranks))]
         if not calm:

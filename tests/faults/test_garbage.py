@@ -97,7 +97,7 @@ def silent() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_garbage_and_replays_on_all_ports(
+def test_pain_05_garbage_and_replays_on_all_ports(
     cluster: Cluster, proxy: Proxy, context: zmq.Context[zmq.Socket[bytes]], silent: ExitStack
 ) -> None:
     """In the middle of a part and after it, from strangers and from a listener on the wire. Pains 5, 12, 24."""

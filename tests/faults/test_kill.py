@@ -13,7 +13,7 @@ LASTING = {**FAST, "stall_s": 20.0}
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_receiver_killed_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+def test_pain_02_receiver_killed_at_every_gate_of_the_sender(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
     """Rooms at every gate of a sender lose one of their receivers. Pains 1, 2, 3, 8, 11, 14, 25."""
     scene = sender_at_every_gate(cluster, proxy, ranks, LASTING)
     tx, near, far, spare = scene.tx, scene.near, scene.far, cluster.start("spare")

@@ -24,7 +24,7 @@ SAID = {
 
 @pytest.mark.parametrize("kind", ["message", "bare"])
 @pytest.mark.parametrize("whose", ["sender", "receiver"])
-def test_each_packet_lost_once(cluster: Cluster, whose: str, kind: str) -> None:
+def test_pain_07_each_packet_lost_once(cluster: Cluster, whose: str, kind: str) -> None:
     """The room ends in Success with all its bytes, whichever packet is lost. Pains 7, 15."""
     tx, rx = cluster.start("tx"), cluster.start("rx")
     loss: dict[str, Any] = {kind: 0, "spread": True} if whose == "sender" else {}

@@ -129,7 +129,7 @@ def test_control_connection_lost_one_way(cluster: Cluster, control: Proxy) -> No
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_data_connection_cut_in_the_middle_of_a_part(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+def test_pain_10_data_connection_cut_in_the_middle_of_a_part(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
     """With `require` there is no other way; all ranks are told, and the next room connects anew.
 
     Pains 1, 2, 3, 10, 21, 25.
@@ -175,7 +175,7 @@ def test_sender_is_idle_after_its_data_connection_was_cut(cluster: Cluster, prox
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_flipped_bit_of_the_payload(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
+def test_pain_25_flipped_bit_of_the_payload(cluster: Cluster, proxy: Proxy, ranks: int) -> None:
     """The checksum finds it, and every rank learns on which it was. Pains 3, 4, 25."""
     tx, near, far = cluster.start("tx"), cluster.start("near"), cluster.start("far")
     through(proxy, far, **BIG, deadlines=PATIENT)
@@ -232,7 +232,7 @@ def test_flipped_bit_of_the_frames(cluster: Cluster, proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("how", ["refused", "silent", "unreachable"])
-def test_data_port_out_of_reach(cluster: Cluster, proxy: Proxy, how: str) -> None:
+def test_pain_22_data_port_out_of_reach(cluster: Cluster, proxy: Proxy, how: str) -> None:
     """The preflight finds it before anything is promised. Pains 8, 10, 22."""
     tx, rx = cluster.start("tx"), cluster.start("rx")
     with socket.socket() as hole:
@@ -270,7 +270,7 @@ def test_data_port_out_of_reach(cluster: Cluster, proxy: Proxy, how: str) -> Non
 
 
 @pytest.mark.parametrize("back", [True, False], ids=["comes back", "stays away"])
-def test_data_connection_stalled_in_the_middle_of_a_part(cluster: Cluster, proxy: Proxy, back: bool) -> None:
+def test_pain_28_data_connection_stalled_in_the_middle_of_a_part(cluster: Cluster, proxy: Proxy, back: bool) -> None:
     """Control goes on, so both sides are alive; the part is not. Pains 1, 2, 8, 28."""
     tx, rx = cluster.start("tx"), cluster.start("rx")
     through(proxy, rx, **BIG, deadlines=STALL)

@@ -12,7 +12,7 @@ LASTING = {**FAST, "stall_s": 20.0}
 """Nothing but the peer's silence, or the data connection's end, ends a room."""
 
 
-def test_sender_restarted_on_its_address(cluster: Cluster) -> None:
+def test_pain_11_sender_restarted_on_its_address(cluster: Cluster) -> None:
     """The receiver knows the new one for a stranger long before the silence would tell. Pain 11."""
     listen = f"tcp://127.0.0.1:{free_port()}"
     rx, old, new = cluster.start("rx"), cluster.start("old"), cluster.start("new")
@@ -40,7 +40,7 @@ def test_sender_restarted_on_its_address(cluster: Cluster) -> None:
     assert rx("until_counts", wanted=empty) == {}
 
 
-def test_receiver_restarted_on_its_ports(cluster: Cluster) -> None:
+def test_pain_11_receiver_restarted_on_its_ports(cluster: Cluster) -> None:
     """The new receiver is not taken for the old one, whose rooms fail. Pain 11."""
     port = free_port()
     tx, old, new = cluster.start("tx"), cluster.start("old"), cluster.start("new")

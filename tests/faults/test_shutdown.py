@@ -26,7 +26,7 @@ def mid_part(cluster: Cluster, proxy: Proxy, tokens: int = TOKENS) -> tuple[Work
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-def test_sigterm_drains(cluster: Cluster, proxy: Proxy, which: str) -> None:
+def test_pain_26_sigterm_drains(cluster: Cluster, proxy: Proxy, which: str) -> None:
     """The handler calls `drain()`; the room ends in Success, no new one is taken. Pain 26."""
     tx, rx = mid_part(cluster, proxy)
     ends = tx if which == "sender" else rx

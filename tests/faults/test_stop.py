@@ -79,7 +79,7 @@ def test_receiver_frozen_for_long(cluster: Cluster, proxy: Proxy, by: str) -> No
 
 
 @pytest.mark.parametrize("by", ["silence", "stall"])
-def test_sender_frozen_for_long(cluster: Cluster, proxy: Proxy, by: str) -> None:
+def test_pain_01_sender_frozen_for_long(cluster: Cluster, proxy: Proxy, by: str) -> None:
     """The receiver gives up by either deadline; what the thawed sender still sends lands nowhere. Pains 1, 2, 8, 9."""
     tx, rx, empty = freeze_mid_part(cluster, proxy, "sender", SILENCE if by == "silence" else STALL)
     end = rx.end_of("receiver", 1)
@@ -95,7 +95,7 @@ def test_sender_frozen_for_long(cluster: Cluster, proxy: Proxy, by: str) -> None
 
 
 @pytest.mark.parametrize("which", ["receiver", "sender"])
-def test_frozen_for_a_moment(cluster: Cluster, proxy: Proxy, which: str) -> None:
+def test_pain_09_frozen_for_a_moment(cluster: Cluster, proxy: Proxy, which: str) -> None:
     """A pause shorter than the deadlines costs nothing but time. Pain 9."""
     tx, rx, empty = freeze_mid_part(cluster, proxy, which, PATIENT)
     frozen, awake = (rx, tx) if which == "receiver" else (tx, rx)
