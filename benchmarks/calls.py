@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.results import Results
@@ -54,7 +54,7 @@ class LockedStatus(DictStatus):
             self.status[room] = state
 
 
-def measure(results: Results, rounds: int, call_s: float) -> None:
+def measure(results: Results, rounds: int, call_s: float) -> Iterator[None]:
     """All calls, interleaved, with a peer that works and with one that stands still."""
     pool = BlockPool(Layout(block_tokens=1, fields=[Field("x", "uint8", (64,))]), blocks=4)
     with Endpoint(pool=pool, transports="tcp") as endpoint:
@@ -71,6 +71,7 @@ def measure(results: Results, rounds: int, call_s: float) -> None:
                 os.kill(peer.pid, signal.SIGSTOP)
                 results.call("poll, peer stopped").add(round_, _time(room.poll, call_s))
                 os.kill(peer.pid, signal.SIGCONT)
+                yield
         finally:
             peer.kill()
             peer.communicate()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Iterator
 
 from benchmarks import meters
 from benchmarks.results import Results
@@ -20,7 +21,7 @@ TURNS = 200
 DAY_S = 86_400.0
 
 
-def measure(results: Results, rooms: tuple[int, ...]) -> None:
+def measure(results: Results, rooms: tuple[int, ...]) -> Iterator[None]:
     """Open more and more rooms; `rooms` are the steps."""
     pool = BlockPool(Layout(block_tokens=1, fields=[Field("x", "uint8", (64,))]), blocks=4)
     deadlines = Deadlines(bootstrap_s=DAY_S, room_timeout_s=DAY_S)
@@ -38,6 +39,7 @@ def measure(results: Results, rooms: tuple[int, ...]) -> None:
             _tick(results, endpoint, step)
             gc.collect()
             results.numbers[f"bytes per room, {step} rooms"] = (meters.memory_nbytes() - empty_nbytes) / step
+            yield
 
 
 def _tick(results: Results, endpoint: Endpoint, rooms: int) -> None:

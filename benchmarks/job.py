@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvpoll_fsm.demos.plan import Plan
 __all__ = ["measure"]
 
 
-def measure(results: Results, tokens: tuple[int, ...], rounds: int) -> None:
+def measure(results: Results, tokens: tuple[int, ...], rounds: int) -> Iterator[None]:
     """Each size over each transport in turn; from the data being given to the last byte's Success."""
     for round_ in range(rounds):
         for size in tokens:
@@ -22,6 +23,7 @@ def measure(results: Results, tokens: tuple[int, ...], rounds: int) -> None:
                 for isolation, setting in _settings():
                     plan = Plan(tokens=size, transport=f"require:{transport}", **setting)
                     _one(results, round_, f"main job, {size} tokens, {transport} {isolation}", plan)
+                    yield
 
 
 def _settings() -> list[tuple[str, dict[str, Any]]]:

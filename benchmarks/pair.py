@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.cases import Case
 from benchmarks.peers.base import Peer
@@ -55,26 +55,25 @@ class _Process:
         except BrokenPipeError:
             raise PeerFailed(self._epitaph()) from None
 
-    def answer(self, ends_s: float) -> Any:
-        """Wait for the answer to the last order."""
-        answer = json.loads(self._line(ends_s))
+    @property
+    def answers(self) -> IO[bytes]:
+        """Where it answers."""
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def take(self) -> dict[str, Any] | None:
+        """What has come of the answer to the last order: all of it, or None if it is not complete."""
+        data = os.read(self.answers.fileno(), 1 << 16)
+        if not data:
+            raise PeerFailed(self._epitaph())
+        self._rest += data
+        if not self._rest.endswith(b"\n"):
+            return None
+        answer: dict[str, Any] = json.loads(self._rest)
+        self._rest = b""
         if "error" in answer:
             raise PeerFailed(f"{self.side}: {answer['error']}")
-        return answer["ok"]
-
-    def _line(self, ends_s: float) -> bytes:
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._rest:
-                if not selector.select(max(0.0, ends_s - time.monotonic())):
-                    raise PeerFailed(f"{self.side}: no answer in time, killed")
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not data:
-                    raise PeerFailed(self._epitaph())
-                self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
+        return answer
 
     def end(self, grace_s: float) -> None:
         """Let it end; kill it, and all that it started, if it does not."""
@@ -136,13 +135,13 @@ class Pair:
         """One order to one side."""
         process = self._processes[side == "receiver"]
         process.order(do, **arguments)
-        return process.answer(self.ends_s)
+        return self._collect([process])[0]
 
     def ask_both(self, do: str, **arguments: Any) -> list[Any]:
         """The same order to both, at the same time; answers of sender and receiver."""
         for process in reversed(self._processes):
             process.order(do, **arguments)
-        return [process.answer(self.ends_s) for process in self._processes]
+        return self._collect(self._processes)
 
     def prepare(self, case: Case) -> None:
         """Get ready for a case: one transfer, and what arrived is compared with what was sent.
@@ -167,6 +166,24 @@ class Pair:
         before_s = sum(self.ask_both("cpu"))
         samples, _ = self.ask_both("run", count=max(1, min(MOST_TRANSFERS, int(budget_s / first_s))))
         return [(seconds, nbytes) for seconds, nbytes in samples], sum(self.ask_both("cpu")) - before_s
+
+    def _collect(self, processes: list[_Process]) -> list[Any]:
+        """The answers of these, whoever is first: one that fails leaves the other waiting for it."""
+        answers: dict[str, Any] = {}
+        with selectors.DefaultSelector() as selector:
+            for process in processes:
+                selector.register(process.answers, selectors.EVENT_READ, process)
+            while selector.get_map():
+                ready = selector.select(max(0.0, self.ends_s - time.monotonic()))
+                if not ready:
+                    late = " and ".join(key.data.side for key in selector.get_map().values())
+                    raise PeerFailed(f"{late}: no answer in time, killed")
+                for key, _ in ready:
+                    answer = key.data.take()
+                    if answer is not None:
+                        answers[key.data.side] = answer["ok"]
+                        selector.unregister(key.fileobj)
+        return [answers[process.side] for process in processes]
 
     def _end(self, grace_s: float) -> None:
         for process in self._processes:

@@ -41,7 +41,7 @@ class Plan:
     rounds: int = 5
     sample_s: float = 0.2
     turn_s: float = 60.0
-    task_s: float = 90.0
+    task_s: float = 120.0
     call_s: float = 0.05
     rooms: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000)
     job_tokens: tuple[int, ...] = (2_000, 100_000)
@@ -98,6 +98,7 @@ class Plane:
                 self._say(f"{peer.name}: {why}")
                 continue
             self._results.settings[peer.name] = {
+                "kind": peer.kind,
                 "settings": peer.settings,
                 "checksum": peer.checksum,
                 "busy loop": peer.loop,
@@ -112,7 +113,7 @@ class Plane:
             self._results.missing.setdefault(peer.name, "no time was left")
         if not todo or left_s < LEAST_S:
             return
-        at = todo[0]
+        at: Key | None = None
         try:
             nbytes = max(CASES[case].span_nbytes for _, case, _ in todo)
             with Pair(peer, nbytes, min(self._plan.turn_s, left_s)) as pair:
@@ -121,9 +122,10 @@ class Plane:
                     busy = self._one(round_, pair, at, busy)
                 self._results.memory[peer.name] = sum(pair.ask_both("memory"))
         except PeerFailed as error:
-            self._given_up.add(at)
-            self._results.missing[" ".join(at)] = str(error)
-            self._say(f"{' '.join(at)}: {error}")
+            self._given_up.update(todo if at is None else [at])
+            name = " ".join(at or [peer.name])
+            self._results.missing[name] = str(error)
+            self._say(f"{name}: {error}")
 
     def _keys(self, peer: Peer) -> list[Key]:
         every = [(peer.name, case, loop) for loop in LOOPS for case in CASES if peer.does(CASES[case])]

@@ -11,7 +11,7 @@ from benchmarks.results import Results
 
 __all__ = ["draw"]
 
-OURS = ("tcp", "shm", "room", "small")
+STYLES = {"limit": ":", "ours": "-", "other": "--"}
 
 
 def draw(results: Results, folder: Path) -> list[str]:
@@ -35,6 +35,7 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 def _speeds(plt: Any, results: Results, folder: Path, loop: str) -> list[str]:
     figure, axes = plt.subplots(figsize=(10, 6))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for peer in results.settings:
         points = [
             (case.nbytes / (1 << 20), results.plane[peer, name, loop].gb_per_s)
@@ -42,7 +43,7 @@ def _speeds(plt: Any, results: Results, folder: Path, loop: str) -> list[str]:
             if case.blocks == 1 and name != "1KiB" and (peer, name, loop) in results.plane
         ]
         if points:
-            style = "-" if peer.split()[0] in OURS else "--"
+            style = STYLES[results.settings[peer]["kind"]]
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=peer)
     axes.set(xscale="log", yscale="log", xlabel="MiB of one transfer", ylabel="GB/s", title=f"one piece, {loop}")
     axes.grid(which="both", alpha=0.2)
@@ -60,6 +61,8 @@ def _bars(plt: Any, results: Results, folder: Path) -> list[str]:
     costs = {p: s.cpu_s_per_gb or 0.0 for (p, c, loop), s in results.plane.items() if (c, loop) == ("64MiB", "alone")}
     panels[2].barh(list(costs), list(costs.values()))
     panels[2].set(title="64MiB, alone", xlabel="processor seconds per GB, both ends")
+    for axes in panels:
+        axes.invert_yaxis()
     return _save(plt, figure, folder / "scattered-and-cost.png")
 
 

@@ -13,6 +13,8 @@ __all__ = ["BEGIN", "END", "into_page", "markdown"]
 
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 NOT_THERE = "–"
+CALM = 0.5
+"""Load above which others were at work when the run began."""
 HEADINGS = {
     "alone": "Data plane, GB/s, nothing else running",
     "busy": "Data plane, GB/s, with a busy Python loop at both ends",
@@ -46,7 +48,10 @@ def _section(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def _head(results: Results) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in results.machine.items() if not isinstance(value, list))
+    lines = [f"- {name}: {value}" for name, value in results.machine.items() if not isinstance(value, list)]
+    if results.machine.get("load at the start", 0) > CALM:
+        lines.insert(0, "- **The machine had other work to do meanwhile: these figures say little.**")
+    return "\n".join(lines)
 
 
 def _aims(results: Results) -> str:
@@ -55,10 +60,11 @@ def _aims(results: Results) -> str:
         try:
             value = aim.value(results)
         except Missing as why:
-            rows.append([aim.text, NOT_THERE, f"not measured: {_cell(str(why))}"])
+            rows.append([aim.text, NOT_THERE, "not measured", _cell(str(why))])
         else:
-            rows.append([aim.text, _number(value), "yes" if aim.reached(value) else "no"])
-    return _section("Aims", ["aim", "measured", "reached"], rows)
+            reached = aim.reached(value)
+            rows.append([aim.text, _number(value), "yes" if reached else "no", "" if reached else aim.limit])
+    return _section("Aims", ["aim", "measured", "reached", "why not"], rows)
 
 
 def _speeds(results: Results, loop: str) -> str:
@@ -134,7 +140,9 @@ def _job(results: Results) -> str:
 
 def _peers(results: Results) -> str:
     rows = [[peer, *map(_cell, how.values())] for peer, how in results.settings.items()]
-    return _section("Settings", ["peer", "settings", "checksum", "busy loop: in the moving processes or beside"], rows)
+    return _section(
+        "Settings", ["peer", "kind", "settings", "checksum", "busy loop: in the moving processes or beside"], rows
+    )
 
 
 def _missing(results: Results) -> str:

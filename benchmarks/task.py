@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import calls, growth, job
@@ -16,7 +16,7 @@ from benchmarks.results import Results, Series
 
 __all__ = ["perform"]
 
-TASKS: dict[str, Callable[..., None]] = {"calls": calls.measure, "growth": growth.measure, "job": job.measure}
+TASKS: dict[str, Callable[..., Iterator[None]]] = {"calls": calls.measure, "growth": growth.measure, "job": job.measure}
 
 
 def perform(results: Results, task: str, within_s: float, **arguments: Any) -> None:
@@ -52,24 +52,18 @@ def _merge(results: Results, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Perform the task that the argument names."""
+    """Perform the task that the argument names; after each step, say what has been found out so far."""
     order = json.loads(sys.argv[1])
     answers_fd = os.dup(1)
     os.dup2(2, 1)
     results = Results()
-    failed: Exception | None = None
-    try:
-        TASKS[order.pop("task")](results, **order)
-    except Exception as error:  # what was found out before it counts
-        failed = error
-    found = {
-        "calls": {name: (series.nbytes, series.rounds) for name, series in results.calls.items()},
-        "numbers": results.numbers,
-        "missing": results.missing,
-    }
-    os.write(answers_fd, json.dumps(found).encode() + b"\n")
-    if failed is not None:
-        raise failed
+    for _ in TASKS[order.pop("task")](results, **order):
+        found = {
+            "calls": {name: (series.nbytes, series.rounds) for name, series in results.calls.items()},
+            "numbers": results.numbers,
+            "missing": results.missing,
+        }
+        os.write(answers_fd, json.dumps(found).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,15 @@ class Carriers:
 
     Attributes:
         live: The transports that work, by name. All who use transports share it.
-        fatal: Why the endpoint has to end: no transport is left, or of one nobody can say whether it still writes.
+        fatal: Why the endpoint has to end: no transport is left, or one cannot be closed.
+        unsafe: One could not be closed: nobody can say whether it still writes.
         blind: Some transport has no file descriptor and must be asked.
     """
 
     def __init__(self, transports: Mapping[str, Transport], control: Control) -> None:
         self.live = dict(transports)
         self.fatal: TransportUnavailable | None = None
+        self.unsafe = False
         self._control = control
         self._watched: dict[str, int] = {}
         self._lost: Callable[[str, str], None] = lambda name, why: None
@@ -93,6 +95,7 @@ class Carriers:
             transport.close()
         except Exception as worse:
             # Blocks it may still write to must not be given to anybody: nothing it was to do is reported as ended.
+            self.unsafe = True
             self.fatal = TransportUnavailable(name, f"{why}; nor can it be closed: {worse!r}")
             return
         self._lost(name, why)
@@ -102,9 +105,9 @@ class Carriers:
         for name, transport in self.live.items():
             try:
                 transport.close()
-            except Exception as error:  # the others must be closed too
+            except Exception:  # the others must be closed too
                 log.exception("transport %s did not close", name)
-                self.fatal = TransportUnavailable(name, f"cannot be closed: {error!r}")
+                self.unsafe = True
 
 
 def _start(name: str, transport: Transport, pool: BlockPool) -> TransportOffer:

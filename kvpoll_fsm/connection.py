@@ -149,6 +149,11 @@ class Connection:
         """It came to us and has said nothing but Hello."""
         return not self.outgoing and not self.channel.received
 
+    @property
+    def must_hear(self) -> bool:
+        """The peer has not acknowledged our last words yet. One that never said anything has no room here."""
+        return bool(self.peer and self.channel.unacked) and not self.is_stranger
+
     def fits(self, origin: Origin) -> bool:
         """Whether the peer of this connection may have sent what came from there."""
         if self.outgoing or origin.conn is not None:
@@ -161,6 +166,7 @@ class Connection:
         self.offers = {offer.name: offer for offer in packet.transports}
         self.block_tokens = packet.block_tokens
         self.silent_ticks = 0
+        self._waited, self._resend_wait = 0, 1
 
     def differences(self, layout: Layout, packet: Hello | Welcome) -> tuple[str, ...]:
         """How the peer's layout differs from ours, or nothing."""
@@ -198,7 +204,9 @@ class Connection:
         Ticks without progress grow the wait between resends, up to `MAX_RESEND_TICKS`.
         """
         channel = self.channel
-        if channel.acked != self._acked_then or not channel.unacked or channel.target is None:
+        if channel.target is None:
+            return []
+        if channel.acked != self._acked_then or not channel.unacked:
             self._acked_then, self._waited, self._resend_wait = channel.acked, 0, 1
             return []
         self._waited += 1
@@ -206,6 +214,17 @@ class Connection:
             return []
         self._waited, self._resend_wait = 0, min(self._resend_wait * 2, MAX_RESEND_TICKS)
         return list(channel.resend())
+
+    def hello_tick(self) -> bool:
+        """Whether to say Hello again: soon, and then less and less often.
+
+        Where nobody listens yet they pile up in the socket, and all arrive at once when somebody does.
+        """
+        self._waited += 1
+        if self._waited < self._resend_wait:
+            return False
+        self._waited, self._resend_wait = 0, min(self._resend_wait * 2, MAX_RESEND_TICKS)
+        return True
 
     def clone(self) -> Connection:
         """A copy that shares nothing mutable."""

@@ -8,7 +8,7 @@ code. Calls take what happened; `drain()` returns what is to be done about it, i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -266,7 +266,7 @@ class EndpointCore:
             self._lessor.timer_fired(epoch)
             self._run()
 
-    def heartbeat_tick(self, host_alive: bool, working: frozenset[RoomKey] = frozenset()) -> None:
+    def heartbeat_tick(self, host_alive: bool, working: Collection[RoomKey] = frozenset()) -> None:
         """`heartbeat_s` has passed: tell peers that we live, find those that do not.
 
         Args:
@@ -479,7 +479,7 @@ class EndpointCore:
             said = (beat.bytes_done, beat.host_alive, beat.working)
             self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), *said))
 
-    def _beats(self, conn: int, host_alive: bool, working: frozenset[RoomKey]) -> Iterator[Beat]:
+    def _beats(self, conn: int, host_alive: bool, working: Collection[RoomKey]) -> Iterator[Beat]:
         for key in self._rooms_of[conn]:
             session = self.sessions[key]
             if not session.state.is_terminal:

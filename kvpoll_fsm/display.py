@@ -71,10 +71,10 @@ class Display:
         for view in list(self.views.values()):
             view.fail(Failure.of(code, cause, state=view.state))
 
-    def settle_all(self) -> None:
-        """No write of any room can land, or read its source, any more."""
+    def settle_all(self, *, quiescent: bool) -> None:
+        """Nothing will happen to any room again; `quiescent`: no write can land, or read its source, any more."""
         for view in list(self.views.values()):
-            view.settle()
+            view.settle(quiescent=quiescent)
 
     def _peer_of(self, session: Session) -> bytes | None:
         if not isinstance(session, ReceiverSession):

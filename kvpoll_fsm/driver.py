@@ -21,7 +21,7 @@ from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.carriers import Carriers
 from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
-from kvpoll_fsm.connection import Connection, check_introduction
+from kvpoll_fsm.connection import check_introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
 from kvpoll_fsm.display import Display
@@ -49,6 +49,8 @@ T = TypeVar("T")
 
 POLL_INTERVAL_S = 0.001
 """How often a transport without a `fileno()` is asked, while there is something it could tell."""
+TURN_S = 0.02
+"""How long one turn may be spent on what hosts ask: no burst of theirs may keep timers and peers waiting."""
 FLUSH_S = 2.0
 """How long `close()` waits for peers to acknowledge the last outcomes."""
 
@@ -95,24 +97,29 @@ class Driver:
         incarnation = os.urandom(16)
         self.recorder = Recorder(incarnation, self.config.trace)
         try:
-            self.recorder.start()
-            offers = self._carriers.start(self.pool)
-            check_introduction(incarnation, self.pool.layout, offers)
-            self.address = self._advertised(self._control.start())
-            self._workers.start()
+            self._open(incarnation)
         except BaseException:
             self._control.close()
             self._carriers.close()
+            self._workers.close()
+            self._inbox.close()
             self.recorder.close()
             self.pool.unclaim()
             raise
+        return self.address
+
+    def _open(self, incarnation: bytes) -> None:
+        self.recorder.start()
+        offers = self._carriers.start(self.pool)
+        check_introduction(incarnation, self.pool.layout, offers)
+        self.address = self._advertised(self._control.start())
+        self._workers.start()
         self.core = EndpointCore(self._options(incarnation, offers))
         self._assemble()
         self._control.watch(self._inbox.open())
         self._carriers.watch(self._actions.lost)
         self._thread = threading.Thread(target=self._run, name="kvpoll-driver", daemon=True)
         self._thread.start()
-        return self.address
 
     def _advertised(self, bound: Address) -> Address:
         advertise = self.config.advertise
@@ -254,7 +261,8 @@ class Driver:
     def _run(self) -> None:
         cause = "closed"
         try:
-            self._set_ticks()
+            self._timers.set("heartbeat", self.config.deadlines.heartbeat_s)
+            self._timers.set("resend", RESEND_AFTER_S)
             while not self._finished():
                 self._turn()
         except BaseException as error:  # nothing may die silently: every room is told
@@ -265,7 +273,7 @@ class Driver:
 
     def _turn(self) -> None:
         self._inbox.heard(self._control.wait(self._wait_s()))
-        self._inbox.run()
+        self._inbox.run(TURN_S)
         for origin, identity, packet in self._control.read():
             self._reception.take(origin, identity, packet)
         for name, completion in self._carriers.news():
@@ -336,10 +344,6 @@ class Driver:
 
     # Inside
 
-    def _set_ticks(self) -> None:
-        self._timers.set("heartbeat", self.config.deadlines.heartbeat_s)
-        self._timers.set("resend", RESEND_AFTER_S)
-
     def _hashes(self, transport: str) -> bool:
         wanted, found = self.config.checksum, self.transports.get(transport)
         return not (found and found.capabilities.integrity) if wanted == "auto" else bool(wanted)
@@ -372,26 +376,28 @@ class Driver:
             self.core.say_bye()
             self.core.flush()
             self._carry_out()
-        return self._flush_over or (self._phase == "bye" and not any(map(_must_hear, self.core.connections.values())))
+        return self._flush_over or (
+            self._phase == "bye" and not any(c.must_hear for c in self.core.connections.values())
+        )
 
     def _end(self, cause: str) -> None:
         self._cause = cause
         self._display.fail_all(cause)
-        self._workers.close()
-        self._carriers.close()
-        self._display.settle_all()
-        for close in (self._control.close, self.recorder.close):
+        for close in (self._release_memory, self._control.close, self.recorder.close):
             try:
                 close()
             except Exception:  # whoever waits must be answered all the same
                 log.exception("endpoint %s did not close", self.address)
         self._inbox.close()
-        if self._carriers.fatal is None:  # else it may be written to still
-            self.pool.unclaim()
         self._inbox.abandon()
 
-
-def _must_hear(connection: Connection) -> bool:
-    """The peer has not acknowledged our last words yet. One that never said anything has no room here."""
-    channel = connection.channel
-    return bool(channel.target and channel.unacked and (connection.outgoing or channel.received))
+    def _release_memory(self) -> None:
+        """Stop all that reads or writes it, and give it back, unless something may still do so."""
+        ended = self._workers.close()
+        if not ended:
+            log.error("workers hang, and keep what they work on and the pool of endpoint %s", self.address)
+        self._carriers.close()
+        quiescent = ended and not self._carriers.unsafe
+        self._display.settle_all(quiescent=quiescent)
+        if quiescent:
+            self.pool.unclaim()

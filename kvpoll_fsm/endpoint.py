@@ -267,7 +267,7 @@ class Endpoint:
         try:
             driver.call(lambda: self._admit(view, opening)).result(CALL_S)
         except BaseException:
-            self.dropped(handle)
+            handle.clear()  # it may be opened yet, if it was the waiting that ended
             raise
         return handle
 

@@ -114,12 +114,15 @@ class Room:
         return self.view.state
 
     def wait_quiescent(self, timeout: float | None = None) -> bool:
-        """Wait until no write can land, and no source is read, any more; False if the time passed first.
+        """Wait until no write can land, and no source is read, any more; then return True.
 
-        Then blocks of the engine's own and borrowed arrays may be used again.
+        Then blocks of the engine's own and borrowed arrays may be used again. False if the time passed first, or
+        if the endpoint has ended and something in it hangs, so that nobody will ever know.
         """
         self.poll()
-        return self.view.wait_until(lambda: self.view.quiescent, timeout)
+        view = self.view
+        view.wait_until(lambda: view.over or (view.quiescent and view.state.is_terminal), timeout)
+        return view.quiescent
 
     @property
     def failure(self) -> Failure | None:
@@ -296,6 +299,7 @@ class Receiver(Room):
 
     async def _result_async(self) -> dict[str, Any]:
         self._require_library_owned()
+        self.poll()  # in a forked child nobody would ever call back
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
 
@@ -332,6 +336,13 @@ class Receiver(Room):
         if key is not None:  # it is: no room waits for a resume that was not opened
             driver.call(lambda: driver.core.resume(key, chosen)).result(CALL_S)
 
-    def release(self, part: int) -> None:
-        """The engine has no more use for the blocks of a committed part (`manual`)."""
-        self._post(lambda key: self._driver.core.feed(key, ReleasePart(part)))
+    def release(self, part: SupportsIndex) -> None:
+        """The engine has no more use for the blocks of a committed part (`manual`).
+
+        Raises:
+            InvalidInput: Not resume="manual": the blocks are ours, and still to be copied from.
+        """
+        if not self._manual:
+            raise InvalidInput('release() is for resume="manual"; this room gives blocks back by itself')
+        number = plain_integer("part", part, 0)
+        self._post(lambda key: self._driver.core.feed(key, ReleasePart(number)))

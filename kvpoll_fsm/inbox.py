@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -45,8 +47,9 @@ class Inbox:
         if self._fd in readable:
             os.eventfd_read(self._fd)
 
-    def run(self) -> None:
-        """Do what is there now; a task that raises is logged and keeps no other."""
+    def run(self, for_s: float = math.inf) -> None:
+        """Do what is there now, for so long at most; a task that raises is logged and keeps no other."""
+        ends_s = time.monotonic() + for_s
         for _ in range(len(self._tasks)):
             try:
                 task = self._tasks.popleft()
@@ -56,6 +59,8 @@ class Inbox:
                 task()
             except Exception:  # a host's request must not end the others' rooms
                 log.exception("request failed")
+            if time.monotonic() >= ends_s:
+                return
 
     def abandon(self) -> None:
         """Run what is still asked, so that every future ends, if to no effect."""

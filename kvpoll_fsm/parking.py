@@ -111,13 +111,17 @@ class Parking:
         """A receiver that was not let in is told of the end: what it reserved meanwhile is void.
 
         So is what earlier lives of it reserved: the newest alone is kept, however often a peer comes again. Of a
-        peer that never says its last, the oldest of these memories go.
+        peer that never says its last, the oldest of these memories go; so do those of the connection that has most,
+        if there are too many in all.
         """
         life = Life.of(conn, abort)
         dismissed = self._dismissed.setdefault(conn, {})
         dismissed[life.place] = max(life.generation, dismissed.pop(life.place, 0))
-        if len(dismissed) > self._limits.orphans_per_peer:
-            del dismissed[next(iter(dismissed))]
+        if len(dismissed) <= self._limits.orphans_per_peer:
+            if sum(map(len, self._dismissed.values())) <= self._limits.orphans:
+                return
+            dismissed = max(self._dismissed.values(), key=len)
+        del dismissed[next(iter(dismissed))]
 
     def is_dismissed(self, conn: int, reserve: Reserve) -> bool:
         """Whether this reservation is void."""

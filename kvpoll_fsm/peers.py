@@ -10,7 +10,7 @@ from kvpoll_fsm.effects import Outbox, Transmit
 from kvpoll_fsm.errors import ChannelOverflow, LimitReached
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.limits import DEFAULT, Limits
-from kvpoll_fsm.messages import MAX_BEATS_PER_FRAME, Beat, Hello, Message, TransportOffer, Welcome
+from kvpoll_fsm.messages import MAX_BEATS_PER_FRAME, Beat, Hello, Message, Packet, TransportOffer, Welcome
 
 __all__ = ["Peers"]
 
@@ -146,8 +146,10 @@ class Peers:
     def resend_tick(self) -> None:
         """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""
         for connection in self.connections.values():
-            known = connection.peer is not None
-            for packet in connection.resend_tick() if known else [self._hello(connection)]:
+            packets: list[Packet] = connection.resend_tick()
+            if connection.peer is None and connection.hello_tick():
+                packets = [self._hello(connection)]
+            for packet in packets:
                 self._out.emit(Transmit(connection.number, packet))
 
     def remove(self, conn: int) -> None:

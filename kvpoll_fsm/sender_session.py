@@ -396,6 +396,8 @@ class SenderSession(Session):
         slot = self.slots[message.rank]
         if self._phase != "moving" or not slot.reported or message.part != self.part or slot.poll is not None:
             return self._violation(message.rank, f"an ack of part {message.part} that was not asked for")
+        if message.failure is None and not slot.transports:
+            return self._violation(message.rank, f"an ack of part {self.part}, whose writes were reported as failed")
         slot.poll = message.failure is None
         if message.failure is not None:
             return self._part_failed(replace(message.failure, rank=message.rank))

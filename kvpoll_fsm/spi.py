@@ -253,7 +253,11 @@ class Transport(Protocol):
         ...
 
     def revoke(self, token: bytes) -> None:
-        """Admit nothing new under the token. Says nothing about bytes on their way. Unknown: ignored."""
+        """Admit nothing under the token any more. Unknown: ignored.
+
+        Comes where the writer has said that nothing is on its way. Where our own side does the writing (sockets,
+        copies), nothing lands once this has returned, even if that was a lie. Else it says nothing about such bytes.
+        """
         ...
 
     def fence(self, token: bytes) -> int:

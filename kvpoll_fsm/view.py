@@ -33,6 +33,7 @@ class RoomView:
         gate_since_s: Monotonic time since which it has waited there, for this part.
         bytes_done: Bytes that have landed.
         quiescent: No write can land or read its source any more.
+        over: Nothing will happen to the room any more: it is forgotten, or its endpoint has ended.
         data: A receiver's arrays, once Success.
         opened_s: Monotonic time of the opening.
     """
@@ -48,7 +49,7 @@ class RoomView:
         self.parts: tuple[PartRecord, ...] = ()
         self.gate = Gate.waiting_ranks
         self.bytes_done = 0
-        self.quiescent = False
+        self.quiescent = self.over = False
         self.data: dict[str, Any] | None = None
         self.opened_s = self.gate_since_s = time.monotonic()
         self.changed = threading.Condition()
@@ -76,9 +77,10 @@ class RoomView:
             self.gate = Gate.closed
             self.show(KVPoll.Failed)
 
-    def settle(self) -> None:
-        """No write can land or read its source any more, and nothing will happen to the room again."""
-        self.quiescent = True
+    def settle(self, *, quiescent: bool = True) -> None:
+        """Nothing will happen to the room again; if not `quiescent`, what could be known of its memory is known."""
+        self.quiescent = self.quiescent or quiescent
+        self.over = True
         self.show(self.state, wake=True)
 
     def show(self, state: KVPoll, *, wake: bool = False) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 __all__ = ["Workers", "own_clock"]
 
 log = logging.getLogger("kvpoll_fsm")
+HUNG_S = 2.0
+"""Threads that use no processor time for so long are taken to hang when they are to end."""
 Work = Callable[[], object]
 Then = Callable[[object], None]
 
@@ -32,7 +34,7 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self._orders: queue.SimpleQueue[tuple[Work, Then] | None] = queue.SimpleQueue()
-        self._clocks: list[int] = []
+        self._clocks: dict[threading.Thread, int] = {}
         self._threads = [
             threading.Thread(target=self._run, name=f"kvpoll-worker-{number}", daemon=True) for number in range(threads)
         ]
@@ -59,17 +61,36 @@ class Workers:
 
     def used_s(self) -> dict[int, float]:
         """Processor time of each thread, by the number of its clock. Not after `close`."""
-        return {clock: time.clock_gettime(clock) for clock in list(self._clocks)}
+        return {clock: time.clock_gettime(clock) for clock in list(self._clocks.values())}
 
-    def close(self) -> None:
-        """Finish what was given, and end the threads."""
+    def close(self) -> bool:
+        """Finish what was given, and end the threads, however long that takes.
+
+        Returns:
+            False if they hang: they have not moved on for `HUNG_S`, and may still read and write what they were
+            given, should they ever do.
+        """
         for _ in self._threads:
             self._orders.put(None)
-        for thread in self._threads:
-            thread.join()
+        used_s: dict[threading.Thread, float] = {}
+        while alive := [thread for thread in self._threads if thread.is_alive()]:
+            before, used_s = used_s, {thread: self._used_by(thread) for thread in alive}
+            if used_s == before:
+                return False
+            ends_s = time.monotonic() + HUNG_S
+            for thread in alive:
+                thread.join(max(0.0, ends_s - time.monotonic()))
+        return True
+
+    def _used_by(self, thread: threading.Thread) -> float:
+        clock = self._clocks.get(thread)
+        try:
+            return 0.0 if clock is None else time.clock_gettime(clock)
+        except OSError:  # it has just ended
+            return 0.0
 
     def _run(self) -> None:
-        self._clocks.append(own_clock())
+        self._clocks[threading.current_thread()] = own_clock()
         while (order := self._orders.get()) is not None:
             work, then = order
             try:

@@ -81,6 +81,18 @@ def test_what_is_not_acknowledged_is_sent_again_less_and_less_often() -> None:
     assert set(pauses[3:]) == {MAX_RESEND_TICKS + 1}
 
 
+def test_hello_is_said_again_soon_and_then_less_and_less_often() -> None:
+    """In ten minutes without a sender 300 pile up, not 2,400."""
+    one = connection()
+    at = [tick for tick in range(60) if one.hello_tick()]
+    assert at[:4] == [0, 2, 6, 14]
+    assert {after - before for before, after in pairwise(at[3:])} == {MAX_RESEND_TICKS}
+    one.introduce(welcome())
+    one.channel.push(Bye())
+    one.channel.flush()
+    assert resends(one, 3) == [1], "what is lost then is sent again soon"
+
+
 def test_progress_makes_resends_prompt_again() -> None:
     one = connection()
     one.introduce(welcome())

@@ -36,9 +36,9 @@ def test_hello_is_repeated_until_somebody_answers() -> None:
     one = World()
     one.add_host("r0", 8, BLOCK)
     key = one.open_receiver("r0", 7)
-    for _ in range(3):
+    for _ in range(7):
         one.tick("r0")
-    assert [type(delivery.packet) for delivery in one.network] == [messages.Hello] * 4
+    assert [type(delivery.packet) for delivery in one.network] == [messages.Hello] * 4, "at once, then after 1, 3, 7"
     beats = 10
     for _ in range(beats):  # nobody is missed who was never there: the room's own deadline ends it
         one.tick("r0", heartbeat=True)

@@ -116,6 +116,43 @@ def test_close_with_a_transport_that_never_ends_a_ticket(monkeypatch: pytest.Mon
         assert failed(receiver).code in (FailureCode.Aborted, FailureCode.PeerLost)
 
 
+def test_close_with_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can say what it will do, should it ever move: what it was given is given to nobody else."""
+    go_on = threading.Event()
+    monkeypatch.setattr(kvpoll_fsm.outgoing, "stage", lambda *_: go_on.wait())
+    monkeypatch.setattr("kvpoll_fsm.workers.HUNG_S", 0.1)
+    with pair() as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1)
+        sender.send(make_data(64))
+        until(lambda: sender.poll() is W and tx.load().leased)
+        waiting = threading.Thread(target=sender.wait_quiescent)
+        waiting.start()
+        workers, ours = tx.driver._workers, tx.pool
+        tx.close()
+        waiting.join()
+        assert failed(sender).detail == "the endpoint was closed"
+        assert not sender.wait_quiescent()
+        assert receiver.wait_quiescent(SOON_S)
+        with pytest.raises(BlockError, match="another endpoint uses this pool"):
+            endpoint(pool=ours).start()
+        go_on.set()
+        assert workers.close()
+
+
+def test_a_burst_of_requests_keeps_no_timer_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvpoll_fsm.driver, "TURN_S", 0)
+    seen: list[str] = []
+    with pair() as (tx, _):
+        due = tx.driver._timers.due
+        with driver_stopped(tx):
+            for number in range(3):
+                tx.driver.post(lambda number=number: seen.append(str(number)))  # type: ignore[misc]
+            monkeypatch.setattr(tx.driver._timers, "due", lambda: [seen.append("timers"), *due()][1:])  # type: ignore[func-returns-value]
+        until(lambda: "2" in seen)
+    first, last = seen.index("0"), seen.index("2")
+    assert seen[first : last + 1] == ["0", "timers", "1", "timers", "2"]
+
+
 def test_close_does_not_wait_for_a_peer_that_never_said_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """It introduced itself and went; there is no room that it would have to hear of."""
     monkeypatch.setattr(kvpoll_fsm.driver, "FLUSH_S", 60.0)
@@ -206,6 +243,23 @@ def test_a_start_that_fails_leaves_nothing(transport: str, tmp_path: Path) -> No
                 endpoint(transport, **settings).start()
 
 
+def test_a_start_without_a_thread_for_the_driver_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "kvpoll-driver":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with nothing_left():
+        ours = pool()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                endpoint(pool=ours).start()
+        endpoint(pool=ours).start().close()
+
+
 def test_a_start_whose_last_transport_fails_closes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any) -> None:
         raise OSError("out of memory regions")
@@ -262,7 +316,7 @@ def test_an_endpoint_that_is_never_closed_does_not_keep_the_program(transport: s
 
 
 FORK = """
-import os, sys
+import asyncio, os, sys
 from kvpoll_fsm import EndpointClosed, ForkedError, KVPoll
 from tests.helpers import endpoint, make_data, open_pair, pair, same, transfer, until
 transport = sys.argv[1]
@@ -273,7 +327,8 @@ child = os.fork()
 if not child:
     for use in (sender.poll, receiver.wait, receiver.result, sender.wait_quiescent, sender.abort, sender.clear,
                 lambda: sender.send(make_data(5)), tx.load, tx.dump, lambda: tx.sender(9), lambda: tx.driver,
-                lambda: rx.receiver(9, peer=tx.address), lambda: tx.drain(1)):
+                lambda: rx.receiver(9, peer=tx.address), lambda: tx.drain(1),
+                lambda: asyncio.run(receiver._result_async())):
         try:
             use()
         except ForkedError as error:
@@ -483,7 +538,9 @@ def test_a_driver_that_fails_ends_every_room_and_says_why(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("side", ["tx", "rx"])
-def test_pain_13_a_transport_that_breaks_is_given_up_and_the_others_go_on(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pain_13_a_transport_that_breaks_is_given_up_and_the_others_go_on(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the receiver the write is known to be over, so the part goes on; at the sender nobody can say."""
     faults = Faults()
     faults.hold(0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import threading
 from contextlib import ExitStack
@@ -628,6 +629,17 @@ def test_a_resume_that_never_comes_ends_at_the_sender_too() -> None:
         sender.send(make_data(20))
         assert failed(sender).detail == "waiting_resume for 0.2 s: no grant for part 1 from ranks [0]"
         assert failed(receiver) == failed(sender)
+
+
+def test_a_room_whose_opening_was_not_waited_for_is_opened_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpoll_fsm.endpoint.CALL_S", 0.01)
+    with pair(rx={"pool": adopted(4)[0]}) as (tx, rx):
+        driver, peer = rx.driver, str(tx.address)
+        with driver_stopped(rx), pytest.raises(concurrent.futures.TimeoutError):
+            rx.receiver(1, peer=peer, resume="manual", blocks=[0])
+        monkeypatch.undo()
+        until(lambda: rx.load().free == 4 and not driver.core.sessions)
+        assert rx.receiver(1, peer=peer, resume="manual", blocks=[0]).poll() is not KVPoll.Failed
 
 
 @pytest.mark.parametrize("part", [0, 1])

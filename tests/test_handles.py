@@ -531,6 +531,21 @@ def test_manual_resume_into_an_engines_own_blocks(transport: str) -> None:
             receiver.result(0)
 
 
+def test_blocks_that_are_ours_are_not_the_hosts_to_release() -> None:
+    """With `extend` the first parts are copied out with the last one; released before, they would be another room's."""
+    with pair() as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1, resume="extend", tokens=16)
+        with pytest.raises(InvalidInput, match="gives blocks back by itself"):
+            receiver.release(0)
+        sender.send(make_data(100))
+        assert same(receiver.result(SOON_S), make_data(100))
+    with pair(rx={"pool": adopted(8)[0]}) as (tx, rx):
+        _, receiver = open_pair(tx, rx, 1, tokens=None, resume="manual", blocks=[1])
+        for part in ("0", -1, [0]):
+            with pytest.raises(InvalidInput, match="part="):
+                receiver.release(part)  # type: ignore[arg-type]
+
+
 def test_manual_blocks_go_back_with_the_room() -> None:
     with pair(rx={"pool": adopted(8)[0]}) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1, tokens=None, resume="manual", blocks=[1, 3])

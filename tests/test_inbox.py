@@ -46,6 +46,18 @@ def test_a_task_that_raises_keeps_no_other(caplog: pytest.LogCaptureFixture) -> 
     assert [record.getMessage() for record in caplog.records] == ["request failed"]
 
 
+def test_a_burst_is_done_in_turns() -> None:
+    inbox, done = Inbox(), list[int]()
+    for number in range(3):
+        inbox.put(lambda number=number: done.append(number))  # type: ignore[misc]
+    inbox.run(0)
+    assert done == [0]
+    inbox.run(0)
+    assert done == [0, 1]
+    inbox.run()
+    assert done == [0, 1, 2]
+
+
 def test_two_threads_share_what_is_left() -> None:
     inbox, done = Inbox(), list[int]()
     for number in range(2000):

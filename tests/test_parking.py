@@ -131,6 +131,18 @@ def test_what_is_kept_of_dismissed_lives_is_bounded() -> None:
     assert [parking.is_dismissed(5, reserve(room=room)) for room in range(9)] == [False] * 6 + [True] * 3
 
 
+def test_many_connections_are_remembered_no_longer_than_one() -> None:
+    """The one that has most loses its oldest; the others keep what they have."""
+    parking = Parking(Limits(orphans=6, orphans_per_peer=4))
+    parking.dismiss(9, abort(room=0))
+    for conn in (5, 6):
+        for room in range(4):
+            parking.dismiss(conn, abort(room=room))
+    assert len(parking.key()[1]) == 6
+    assert parking.is_dismissed(9, reserve(room=0))
+    assert parking.is_dismissed(6, reserve(room=3))
+
+
 # Limits
 
 

@@ -366,6 +366,16 @@ def test_a_failed_write_is_reported_and_the_ranks_answer_ends_the_room() -> None
     assert outcomes[0].failure == outcomes[1].failure == tx.session.failure == report.failure
 
 
+def test_a_part_reported_as_failed_cannot_be_acknowledged() -> None:
+    """The other rank's acknowledgement is there: believed, this one would complete the part."""
+    tx, _ = failed_write()
+    tx.ack(0)
+    tx.ack(1)
+    assert tx.session.failure is not None
+    assert tx.session.failure.code is FailureCode.ProtocolError
+    assert not tx.session.parts
+
+
 def test_a_rank_that_gave_up_has_the_first_word_on_a_failed_write() -> None:
     tx, _ = failed_write()
     tx.say(Abort, 1, failure=bad("out of memory", rank=1))

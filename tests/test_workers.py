@@ -73,6 +73,31 @@ def test_an_idle_thread_keeps_nothing_alive() -> None:
     workers.close()
 
 
+def test_a_thread_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpoll_fsm.workers.HUNG_S", 0.1)
+    workers, go_on = Workers(2), threading.Event()
+    workers.start()
+    workers.submit(go_on.wait, lambda result: None)
+    assert not workers.close()
+    go_on.set()
+    assert workers.close()
+
+
+def test_a_thread_that_works_is_waited_for(monkeypatch: pytest.MonkeyPatch, results: SimpleQueue[object]) -> None:
+    monkeypatch.setattr("kvpoll_fsm.workers.HUNG_S", 0.4)
+
+    def work() -> object:
+        while time.thread_time() < 0.9:
+            pass
+        return "done"
+
+    workers = Workers(1)
+    workers.start()
+    workers.submit(work, results.put)
+    assert workers.close()
+    assert results.get_nowait() == "done"
+
+
 def test_without_threads_to_give_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before, real = threading.active_count(), threading.Thread.start
     started: list[threading.Thread] = []

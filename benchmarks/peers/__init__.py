@@ -8,14 +8,17 @@ import pkgutil
 
 from benchmarks.peers.base import Peer
 
-__all__ = ["peers"]
+__all__ = ["KINDS", "peers"]
+
+KINDS = ("limit", "ours", "other")
+"""The order in which tables show them."""
 
 
 @functools.cache
 def peers() -> dict[str, Peer]:
-    """All peers by name. None of the software they need is imported for this."""
-    found: dict[str, Peer] = {}
+    """All peers by name: limits, ours, others. None of the software they need is imported for this."""
+    found: list[Peer] = []
     for module in pkgutil.iter_modules(__path__):
-        for peer in getattr(importlib.import_module(f"{__name__}.{module.name}"), "PEERS", ()):
-            found[peer.name] = peer
-    return found
+        found += getattr(importlib.import_module(f"{__name__}.{module.name}"), "PEERS", ())
+    found.sort(key=lambda peer: KINDS.index(peer.kind))
+    return {peer.name: peer for peer in found}

@@ -52,6 +52,7 @@ class Sender(Side):
 PEERS = [
     Peer(
         "memmove",
+        "limit",
         Sender,
         Receiver,
         settings="one thread, a mapping of the destination, no word to the receiver",

@@ -15,7 +15,7 @@ IOVECS = 1024
 
 
 def tune(sock: socket.socket) -> None:
-    """The buffers that were fastest with reads of 64 KiB."""
+    """Buffers that hold several reads, and no waiting for more to send."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
     if sock.family == socket.AF_INET:
@@ -100,6 +100,7 @@ def send_all(sock: socket.socket, views: list[memoryview]) -> None:
 PEERS = [
     Peer(
         "bare tcp",
+        "limit",
         Sender,
         Receiver,
         settings="one connection, sendmsg of up to 1,024 pieces, reads of 64 KiB, buffers of 512 KiB, one byte back",

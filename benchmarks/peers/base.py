@@ -89,7 +89,8 @@ class Peer:
 
     Attributes:
         name: In tables and figures.
-        sender: Its class.
+        kind: "limit" (nothing can be much faster), "ours", or "other".
+        sender: Its class, of the module that lists the peer: there its processes look for it.
         receiver: Its class.
         settings: What it was told, and why.
         checksum: Whether the data are protected by one, and which.
@@ -103,6 +104,7 @@ class Peer:
     """
 
     name: str
+    kind: str
     sender: type[Side]
     receiver: type[Side]
     settings: str

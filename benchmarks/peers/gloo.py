@@ -77,6 +77,7 @@ class Sender(_Rank):
 PEERS = [
     Peer(
         "torch gloo",
+        "other",
         Sender,
         Receiver,
         settings="isend and irecv per piece, all at once; loopback interface",

@@ -95,6 +95,7 @@ class Sender(Side):
 PEERS = [
     Peer(
         "grpc stream",
+        "other",
         Sender,
         Receiver,
         settings="one bidirectional stream of raw bytes, messages of 1 MiB, no size limit",

@@ -73,7 +73,9 @@ class Sender(_Agent):
 
 
 def _peer(name: str, settings: str, **env: str) -> Peer:
-    return Peer(name, Sender, Receiver, settings=settings, needs=("nixl_cu12",), env={"UCX_LOG_LEVEL": "error", **env})
+    return Peer(
+        name, "other", Sender, Receiver, settings=settings, needs=("nixl_cu12",), env={"UCX_LOG_LEVEL": "error", **env}
+    )
 
 
 PEERS = [

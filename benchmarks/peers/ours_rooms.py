@@ -118,6 +118,7 @@ def _bootstrap(room: Any) -> None:
 def _peer(transport: str, isolation: str, checksum: bool | str) -> Peer:
     return Peer(
         f"room {transport} {isolation}" + ("" if checksum else " unchecked"),
+        "ours",
         Sender,
         Receiver,
         settings=f'endpoints, isolation="{isolation}", data given to Success at the sender; a room each, copies '

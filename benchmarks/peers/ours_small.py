@@ -97,6 +97,7 @@ def _finish(room: Any) -> None:
 PEERS = [
     Peer(
         f"small rooms {transport} {isolation}",
+        "ours",
         Sender,
         Receiver,
         settings=f'endpoints, isolation="{isolation}", {IN_FLIGHT} rooms of 1 KiB in flight, opened to cleared',

@@ -136,6 +136,7 @@ def _peer(transport: str, loop: str) -> Peer:
     where = "in the loop's process" if loop == "inside" else "in a process of its own beside the loop"
     return Peer(
         transport if loop == "inside" else f"{transport} apart",
+        "ours",
         Sender,
         Receiver,
         settings=f"transport alone ({where}), default settings, tickets of at most 16 MiB",

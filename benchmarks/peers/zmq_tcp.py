@@ -64,6 +64,7 @@ class Sender(_Pair):
 PEERS = [
     Peer(
         "pyzmq tcp",
+        "other",
         Sender,
         Receiver,
         settings="PAIR, one io thread, send_multipart(copy=False), recv_into the destination",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpoll_fsm import inputs
@@ -104,7 +104,7 @@ class TimedWorld(World):
             host.core.flush(ack_now=True)
         elif kind == "heartbeat":
             working = [key for incarnation, key in self._working if incarnation == host.incarnation]
-            host.core.heartbeat_tick(self._host_alive(host), _InOrder(dict.fromkeys(working)))
+            host.core.heartbeat_tick(self._host_alive(host), dict.fromkeys(working))
         else:
             if _must_resend(host):  # once more after the last, so that the wait between resends is short again
                 self._tick(host, kind, RESEND_AFTER_S)
@@ -283,20 +283,6 @@ class TimedWorld(World):
         if host is not None and late.job.target is not None:
             event = inputs.RankQuiesced(late.job.target.rank, late.job.command.part)
             self.for_host(host, ANSWER, lambda: self.feed(host.name, late.job.key, event))
-
-
-class _InOrder(frozenset[RoomKey]):
-    """Gives its rooms in the order in which it was made, whatever their hashes."""
-
-    def __new__(cls, keys: dict[RoomKey, None]) -> _InOrder:
-        made = super().__new__(cls, keys)
-        made.keys = keys
-        return made
-
-    keys: dict[RoomKey, None]
-
-    def __iter__(self) -> Iterator[RoomKey]:
-        return iter(self.keys)
 
 
 def _must_resend(host: Host) -> bool:

@@ -140,7 +140,7 @@ def generation_ignored(patch: Patch) -> None:
 
     def key_of(self: EndpointCore, connection: Any, message: Any) -> Any:
         side, rank = ("receiver", message.rank) if connection.outgoing else ("sender", 0)
-        found = [key for key in self.sessions if self.is_open(key) and key[:0] == ()]
+        found = [key for key in self.sessions if self.is_open(key)]
         same = [key for key in found if (key.side, key.room, key.rank) == (side, message.room, rank)]
         return same[-1] if same else right(self, connection, message)
 
@@ -186,7 +186,7 @@ CROSSED = Scene("each pool given to the other room", ranks=2, rooms=(1, 2), sour
 
 MUTANTS = (
     Mutant("late Success wins", late_success_wins, Scene("m", faults=Budget(deadline=1)), "moved from Failed"),
-    Mutant("is_last ignored", is_last_ignored, Scene("m", parts=2), ""),
+    Mutant("is_last ignored", is_last_ignored, Scene("m", parts=2), "Success, but rank 0 holds"),
     Mutant(
         "failure told to the first rank only",
         failure_told_to_first_rank_only,
@@ -210,11 +210,11 @@ MUTANTS = (
         "next transport before the first is quiescent",
         next_transport_too_early,
         Scene("m", parts=2, transports=("a", "b"), faults=Budget(late=1)),
-        "",
+        "does not hold any more",
     ),
     Mutant("resume resets the state", resume_resets_the_state, Scene("m", parts=2), "moved from Transferring"),
     Mutant("ack dropped", dropped_messages_stay_lost, Scene("m", faults=Budget(lose=1)), NO_END),
-    Mutant("generation ignored", generation_ignored, Scene("m", faults=Budget(reopen=1)), ""),
+    Mutant("generation ignored", generation_ignored, Scene("m", faults=Budget(reopen=1)), "could have said so"),
     Mutant(
         "no stall deadline in WaitingForInput",
         no_stall_deadline_before_the_first_part,

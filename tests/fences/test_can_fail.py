@@ -16,7 +16,7 @@ def test_blocks_that_are_free_before_the_fence(cluster: Cluster, how: str) -> No
     rx("abort", side="receiver", room=1)
     assert rx("until_moved", room=2, what="take")
     assert rx("until_touched", room=2)
-    tx.end_of("sender", 1)
+    tx.until("sender", 1, ended=True)  # without a fence nobody tells it that nothing lands any more
 
 
 def test_sources_that_are_free_while_they_are_read(cluster: Cluster) -> None:

@@ -119,7 +119,7 @@ def test_an_endpoint_whose_introduction_is_too_long_does_not_start(monkeypatch: 
     monkeypatch.setattr(MemoryTransport, "descriptor", lambda _: bytes((1 << 16) + 1))
     with pytest.raises(InvalidInput, match="peers would not take what this endpoint says of itself"):
         endpoint(pool=blocks).start()
-    assert open_fds() == before
+    assert open_fds() <= before  # those of an earlier test may be closed only now
 
 
 # Connections

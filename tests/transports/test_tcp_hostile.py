@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvpoll_fsm.spi import Link, LinkDown, Range, Write
 from kvpoll_tcp import TcpTransport
+from kvpoll_tcp.grants import LIED
 from tests.transports import raw
 from tests.transports.harness import MIB, SIZES, Pair, Side, until, untouched
 from tests.transports.raw import Raw, entry, frame, hello
@@ -236,6 +237,23 @@ def test_a_frame_under_a_token_that_is_being_fenced_is_refused(scene: Scene) -> 
         second.send(whole)
         assert second.verdict() == 1
         scene.until(lambda: sorted(scene.rx.fenced) == fences, "the fences")
+
+
+def test_a_writer_that_said_it_was_done_and_was_not_changes_nothing_any_more(scene: Scene) -> None:
+    """A room that takes a sender's word gives the blocks to the next one at once."""
+    token = scene.rx.grant()
+    with Raw(scene.descriptor) as liar:
+        whole = frame(token, [entry(0, MIB, MIB)], b"x" * MIB)
+        liar.send(whole[:-1000])
+        until(lambda: scene.rx.arenas[0][MIB] == ord("x"), "the first bytes")
+        scene.rx.transport.revoke(token)
+        scene.rx.arenas[0][:] = bytes(len(scene.rx.arenas[0]))
+        with contextlib.suppress(ConnectionError):
+            liar.send(whole[-1000:])
+        assert liar.is_dropped()
+    assert scene.refused()[LIED] == 1
+    assert not any(scene.rx.arenas[0][MIB:])
+    scene.unharmed()
 
 
 # Too many, too slow

@@ -15,7 +15,7 @@ from kvpoll_fsm.spi import Completion, Done, Failed, Fenced, Progress, Range, Wr
 from kvpoll_tcp import wire
 from kvpoll_tcp.backlog import Backlog, Frame, Job, cut
 from kvpoll_tcp.crew import Crew
-from kvpoll_tcp.grants import Grant, Grants
+from kvpoll_tcp.grants import LIED, Grant, Grants
 from kvpoll_tcp.mailbox import Mailbox
 from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.sockets import advance
@@ -250,6 +250,39 @@ def test_a_revoked_token_is_forgotten_once_nobody_is_inside() -> None:
     assert grants._grants
     grants.leave(grant)
     assert not grants._grants
+
+
+def test_whoever_is_inside_when_a_token_ends_is_cut_and_waited_for() -> None:
+    grants, cuts, go_on = Grants(Outbox()), list[str](), threading.Event()
+    token = grants.add([Range(0, 0, 1)])
+    grants.end(b"unknown")
+    grant = grants.enter(token, b"w", go_on.set)
+    assert grant is not None
+    assert grants.enter(token, b"w", go_on.set) is grant
+
+    def write() -> None:
+        go_on.wait()
+        for number in range(2):
+            cuts.append(f"write {number}")
+            grants.leave(grant)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    grants.end(token)
+    cuts.append("ended")
+    writing.join()
+    assert cuts == ["write 0", "write 1", "ended"]
+    assert grants.refusals.counts() == {LIED: 1}
+    assert not grants._grants
+
+
+def test_blocks_of_a_writer_that_does_not_go_are_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpoll_tcp.grants.LEAVE_S", 0.01)
+    grants = Grants(Outbox())
+    token = grants.add([Range(0, 0, 1)])
+    assert grants.enter(token) is not None
+    with pytest.raises(TimeoutError, match="still written under"):
+        grants.end(token)
 
 
 # Threads

@@ -160,8 +160,8 @@ class ShmTransport:
         return self._grants.add(ranges)
 
     def revoke(self, token: bytes) -> None:
-        """Admit nothing new under the token; a copy at work stops at the end of its slice. Unknown: ignored."""
-        self._grants.revoke(token)
+        """Admit nothing under the token any more; a copy at work ends with its slice, which is waited for."""
+        self._grants.end(token)
 
     def fence(self, token: bytes) -> int:
         """Revoke, and report `Fenced` once no byte can land: at once, or at the end of the slice being copied."""

@@ -1,7 +1,8 @@
 """Which bytes of ours may be written under which token, and when a token is certainly dead.
 
 The driver grants, revokes and fences; the threads that read connections enter and leave. A token is fenced
-once it is revoked and nobody is inside.
+once it is revoked and nobody is inside. `fence` says so later, `end` waits for it: where a room takes the writer's
+word that nothing is under way, nobody is inside, unless the word was a lie.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import logging
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.spi import Fenced, Range
@@ -23,15 +24,20 @@ __all__ = ["Grant", "Grants"]
 
 _log = logging.getLogger("kvpoll_tcp")
 
+LEAVE_S = 5.0
+"""How long `end` waits for those inside: system calls that were cut off, or a copy of some MiB."""
+LIED = "was still writing under a token when its room took the word that it was not"
+
 
 class Grant:
     """The ranges one token admits.
 
     `revoked` turns True once and is read without a lock: who is inside looks at it between any two system
     calls, and `Grants.fence` waits until he has left. `writer` is who used the token first: nobody else may.
+    `cuts` end the connections of those inside.
     """
 
-    __slots__ = ("_ends", "_starts", "fences", "inside", "revoked", "token", "writer")
+    __slots__ = ("_ends", "_starts", "cuts", "fences", "inside", "revoked", "token", "writer")
 
     def __init__(self, token: bytes, ranges: Sequence[Range]) -> None:
         self.token = token
@@ -39,6 +45,7 @@ class Grant:
         self.revoked = False
         self.inside = 0
         self.fences: list[int] = []
+        self.cuts: set[Callable[[], None]] = set()
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
         for each in sorted(ranges, key=lambda r: (r.region, r.offset)):
@@ -72,7 +79,7 @@ class Grants:
 
     def __init__(self, outbox: Outbox) -> None:
         self.refusals = Refusals("tcp", _log)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._outbox = outbox
         self._grants: dict[bytes, Grant] = {}
         self._numbers = itertools.count()
@@ -89,6 +96,24 @@ class Grants:
         with self._lock:
             self._revoke(token)
 
+    def end(self, token: bytes) -> None:
+        """Revoke, and see off whoever is inside: once this returns, no byte lands under the token.
+
+        Raises:
+            TimeoutError: He did not go; the blocks may still be written to.
+        """
+        with self._lock:
+            grant = self._revoke(token)
+            cuts = tuple(grant.cuts) if grant is not None else ()
+        if grant is None:
+            return
+        self.refusals.add(LIED)
+        for cut in cuts:
+            cut()
+        with self._lock:
+            if not self._lock.wait_for(lambda: not grant.inside, LEAVE_S):
+                raise TimeoutError(f"a revoked token is still written under after {LEAVE_S:g} s")
+
     def fence(self, token: bytes) -> int:
         """Revoke; `Fenced` with the number returned follows once nobody is inside."""
         number = next(self._numbers)
@@ -100,8 +125,14 @@ class Grants:
             self._outbox.put(Fenced(number))
         return number
 
-    def enter(self, token: bytes, writer: bytes = b"?") -> Grant | None:
-        """Go inside in order to write, or None if that is not allowed. Whoever enters must leave."""
+    def enter(self, token: bytes, writer: bytes = b"?", cut: Callable[[], None] | None = None) -> Grant | None:
+        """Go inside in order to write, or None if that is not allowed. Whoever enters must leave.
+
+        Args:
+            token: Under which.
+            writer: Who.
+            cut: Makes the writer leave soon; None if he does so by himself. For any thread.
+        """
         with self._lock:
             grant = self._grants.get(token)
             if grant is None or grant.revoked:
@@ -109,6 +140,7 @@ class Grants:
             grant.writer = grant.writer or writer
             if hmac.compare_digest(grant.writer, writer):
                 grant.inside += 1
+                grant.cuts |= set() if cut is None else {cut}
                 return grant
         self.refusals.add("a write under the token of another writer")
         return None
@@ -117,10 +149,14 @@ class Grants:
         """Promise to write no more."""
         with self._lock:
             grant.inside -= 1
-            if grant.inside or not grant.revoked:
+            if grant.inside:
+                return
+            grant.cuts.clear()
+            if not grant.revoked:
                 return
             self._grants.pop(grant.token, None)
             fences, grant.fences = grant.fences, []
+            self._lock.notify_all()
         self._outbox.put(*map(Fenced, fences))
 
     def _revoke(self, token: bytes) -> Grant | None:

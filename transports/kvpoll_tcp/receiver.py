@@ -235,7 +235,7 @@ class Reader:
     def _land(self, head: Head, entries: list[Entry]) -> Verdict:
         """Read the payload into place, or into the sink what may not go there."""
         verdict, left = Verdict.unknown_token, head.nbytes
-        grant = self._grants.enter(head.token, self._writer)
+        grant = self._grants.enter(head.token, self._writer, self.cut)
         if grant is not None:
             try:
                 verdict, left = self._pour(grant, entries, left)

@@ -145,8 +145,8 @@ class TcpTransport:
         return self._grants.add(ranges)
 
     def revoke(self, token: bytes) -> None:
-        """Admit nothing new under the token; a frame that is arriving is cut short too. Unknown: ignored."""
-        self._grants.revoke(token)
+        """Admit nothing under the token any more; a connection that is in the middle of a write there is cut."""
+        self._grants.end(token)
 
     def fence(self, token: bytes) -> int:
         """Revoke, and report `Fenced` once no byte can land: at once, or after 0.1 s of a silent peer."""
