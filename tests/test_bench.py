@@ -151,3 +151,15 @@ def test_without_the_source_tree_the_command_says_where_they_are(
     assert done.exit_code == 1
     assert f"there is no {tmp_path / 'benchmarks'}" in done.output
     assert "make bench" in done.output
+
+
+def test_the_command_runs_the_suite_of_its_source_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "benchmarks" / "__main__.py"
+    suite.parent.mkdir()
+    suite.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    monkeypatch.setattr(cli_bench, "ROOT", tmp_path)
+    done = CliRunner().invoke(cli_bench.bench, ["--quick", "--json", "--out", str(tmp_path / "here")])
+    assert done.exit_code == 3
+    assert capfd.readouterr().out == f"{['--quick', '--json', '--out', str(tmp_path / 'here')]}\n"
