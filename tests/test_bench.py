@@ -158,6 +158,7 @@ def test_the_command_runs_the_suite_of_its_source_tree(
 ) -> None:
     suite = tmp_path / "benchmarks" / "__main__.py"
     suite.parent.mkdir()
+    (suite.parent / "__init__.py").touch()
     suite.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     monkeypatch.setattr(cli_bench, "ROOT", tmp_path)
     done = CliRunner().invoke(cli_bench.bench, ["--quick", "--json", "--out", str(tmp_path / "here")])
