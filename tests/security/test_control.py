@@ -231,6 +231,10 @@ def test_old_packets_of_an_earlier_connection_change_nothing(monkeypatch: pytest
             transfer(tx, rx, MOVING)
 
 
+def gates(end: Endpoint) -> set[tuple[int, str]]:
+    return {(entry["room"], entry["gate"]) for entry in end.dump()}
+
+
 @pytest.mark.parametrize("keys", [True, False])
 def test_a_server_cannot_speak_for_another(keys: bool, trusted: dict[str, dict[str, Any]]) -> None:
     """A receiver is connected to two senders, of which one knows the other's incarnation and works out its name."""
@@ -238,6 +242,7 @@ def test_a_server_cannot_speak_for_another(keys: bool, trusted: dict[str, dict[s
     with scene(own["tx"], own["rx"], deadlines=BRISK) as made, endpoint(**own["eve"]) as eve:
         made.rx.receiver(7, peer=str(eve.address))
         until(lambda: eve.driver.core.connections, "the second connection")
+        until(lambda: (MOVING, "moving") in gates(made.rx), "a heartbeat that tells how far the sender is")
         before = state_of_rooms(made)
         receiver = made.rx.driver.core
         honest = next(c for c in receiver.connections.values() if c.address == str(made.tx.address))
