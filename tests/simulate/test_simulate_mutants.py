@@ -23,7 +23,6 @@ FOUND = {
     "next transport before the first is quiescent": "",
     "ack dropped": "",
     "no stall deadline in WaitingForInput": "has timers",
-    "clear() kills the resend": "",
 }
 """Those the simulator finds within a few seeds, and a word of the law that breaks."""
 
