@@ -27,17 +27,11 @@ from kvpoll_shm.sender import Lane, Sources
 from kvpoll_shm.settings import ShmSettings
 from kvpoll_tcp.grants import Grants
 from kvpoll_tcp.outbox import Outbox
+from kvpoll_tcp.regions import check_ranges, check_region, describe, read_regions
 
 __all__ = ["ShmTransport"]
 
 _log = logging.getLogger("kvpoll_shm")
-
-
-class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
-    """A region as peers know it."""
-
-    number: int
-    nbytes: int
 
 
 class ShmTransport:
@@ -136,16 +130,10 @@ class ShmTransport:
         Raises:
             InvalidInput: Not writable contiguous bytes, a number that is taken, or too many regions.
         """
-        buffer = region.buffer
-        if buffer.readonly or not buffer.contiguous or buffer.format != "B" or buffer.ndim != 1:
-            raise InvalidInput(f"region {region.number}: needs writable contiguous bytes, format 'B'")
-        if not 0 <= region.number < wire.MAX_REGIONS or region.number in self._regions:
-            raise InvalidInput(
-                f"region {region.number}: the number is taken, or not within 0 to {wire.MAX_REGIONS - 1}"
-            )
+        check_region(region, self._regions, wire.MAX_REGIONS)
         self._regions[region.number] = region
-        self._buffers[region.number] = buffer
-        return msgspec.msgpack.encode(RegionDescriptor(region.number, len(buffer)))
+        self._buffers[region.number] = region.buffer
+        return describe(region)
 
     def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
         """Admit writes to exactly these ranges; returns a token of 16 random bytes.
@@ -153,10 +141,7 @@ class ShmTransport:
         Raises:
             InvalidInput: A range outside its region, or an empty one.
         """
-        for each in ranges:
-            size = len(self._buffers.get(each.region, b""))
-            if each.offset < 0 or each.nbytes < 1 or each.offset + each.nbytes > size:
-                raise InvalidInput(f"{lease}: {each} is not within its region of {size} bytes")
+        check_ranges(lease, ranges, self._buffers)
         return self._grants.add(ranges)
 
     def revoke(self, token: bytes) -> None:
@@ -174,11 +159,7 @@ class ShmTransport:
             InvalidInput: A descriptor cannot be read.
         """
         peer = read_descriptor(descriptor)
-        try:
-            for region in regions:
-                msgspec.msgpack.decode(region, type=RegionDescriptor)
-        except msgspec.DecodeError as error:
-            raise InvalidInput(f"not the region of a shm transport: {error}") from error
+        read_regions(regions, self.name)
         links, tickets = self._numbers
         number = next(links)
         lane = Lane(number, peer, self._sources, self._reactor)

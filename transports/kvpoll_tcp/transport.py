@@ -22,6 +22,7 @@ from kvpoll_tcp.lane import Lane
 from kvpoll_tcp.link import LinkStatus, TcpLink
 from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.receiver import Landing, Listener
+from kvpoll_tcp.regions import check_ranges, check_region, describe, read_regions
 from kvpoll_tcp.settings import TcpSettings
 from kvpoll_tcp.sockets import advertised, listen
 from kvpoll_tcp.wire import WRITER_NBYTES
@@ -30,13 +31,6 @@ __all__ = ["TcpTransport"]
 
 
 _BOTH_OR_NONE = "give both endpoints transport_options={'tcp': {'tls': (server context, client context)}}, or neither"
-
-
-class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
-    """A region as peers know it."""
-
-    number: int
-    nbytes: int
 
 
 class TcpTransport:
@@ -124,13 +118,9 @@ class TcpTransport:
         Raises:
             InvalidInput: Not writable contiguous bytes, or a number that is taken or beyond 65,535.
         """
-        buffer = region.buffer
-        if buffer.readonly or not buffer.contiguous or buffer.format != "B" or buffer.ndim != 1:
-            raise InvalidInput(f"region {region.number}: needs writable contiguous bytes, format 'B'")
-        if not 0 <= region.number < 1 << 16 or region.number in self._regions:
-            raise InvalidInput(f"region {region.number}: the number is taken, or not within 0 to 65535")
-        self._regions[region.number] = buffer
-        return msgspec.msgpack.encode(RegionDescriptor(region.number, len(buffer)))
+        check_region(region, self._regions)
+        self._regions[region.number] = region.buffer
+        return describe(region)
 
     def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
         """Admit writes to exactly these ranges; returns a token of 16 random bytes.
@@ -138,10 +128,7 @@ class TcpTransport:
         Raises:
             InvalidInput: A range outside its region, or an empty one.
         """
-        for each in ranges:
-            size = len(self._regions.get(each.region, b""))
-            if each.offset < 0 or each.nbytes < 1 or each.offset + each.nbytes > size:
-                raise InvalidInput(f"{lease}: {each} is not within its region of {size} bytes")
+        check_ranges(lease, ranges, self._regions)
         return self._grants.add(ranges)
 
     def revoke(self, token: bytes) -> None:
@@ -227,9 +214,8 @@ def _read_peer(descriptor: bytes, regions: Sequence[bytes]) -> Descriptor:
     Raises:
         InvalidInput: It is not what a tcp transport sends.
     """
+    read_regions(regions, TcpTransport.name)
     try:
-        for region in regions:
-            msgspec.msgpack.decode(region, type=RegionDescriptor)
         return read_descriptor(descriptor)
     except (msgspec.DecodeError, MalformedMessage, RecursionError) as error:
         raise InvalidInput(f"not the descriptors of a tcp transport: {error}") from error
