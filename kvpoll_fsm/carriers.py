@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
+from kvpoll_fsm import registry
 from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.config import Config
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.errors import TransportUnavailable
 from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.spi import Completion, Transport
 
-__all__ = ["Carriers"]
+__all__ = ["Carriers", "load_transports"]
 
 log = logging.getLogger("kvpoll_fsm")
 
@@ -108,6 +110,26 @@ class Carriers:
             except Exception:  # the others must be closed too
                 log.exception("transport %s did not close", name)
                 self.unsafe = True
+
+
+def load_transports(config: Config) -> dict[str, Transport]:
+    """The transports of the policy, not started; with `prefer` those that cannot be loaded are left out, if any can.
+
+    Raises:
+        TransportUnavailable: None can be loaded; the reason of the first.
+    """
+    loaded: dict[str, Transport] = {}
+    refusals: list[TransportUnavailable] = []
+    for name in config.policy.names:
+        try:
+            loaded[name] = registry.load(name)(**config.options_of(name))
+        except TransportUnavailable as error:
+            refusals.append(error)
+    if not loaded:
+        raise refusals[0]
+    for refusal in refusals:
+        log.warning("transport left out: %s", refusal)
+    return loaded
 
 
 def _start(name: str, transport: Transport, pool: BlockPool) -> TransportOffer:

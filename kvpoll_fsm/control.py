@@ -192,17 +192,6 @@ class Control:
         """Peers turned away because their key is not trusted."""
         return self.refusals.count(UNTRUSTED)
 
-    def check_peer(self, address: Address) -> None:
-        """Refuse a peer that could not be spoken to, before anything is sent.
-
-        Raises:
-            AddressError: Only one side has keys, or the peer's key is not trusted.
-        """
-        if self._keys is None and address.key is not None:
-            raise AddressError(address.place, "the endpoint there wants keys: pass keys= and authorized=")
-        if self._keys is not None and (address.key is None or not self._keys.admits(address.key)):
-            raise AddressError(address.place, "its public key is missing or not in the folder of authorized keys")
-
     def _taken(
         self, conn: int | None, frames: list[zmq.Frame]
     ) -> Iterator[tuple[Origin, bytes, Packet | UnsupportedVersion]]:

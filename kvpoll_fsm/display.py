@@ -31,19 +31,19 @@ class Display:
         self,
         recorder: Recorder,
         connections: Mapping[int, Connection],
-        take_arrays: Callable[[RoomKey], dict[str, Any] | None],
+        take_result: Callable[[RoomKey], Any],
     ) -> None:
         """Store what is needed.
 
         Args:
             recorder: Keeps the trace.
             connections: The peers by number.
-            take_arrays: Gives the arrays of a receiver's room that ended Success, once.
+            take_result: Gives what a receiver's room that ended Success has brought, once.
         """
         self.views: dict[RoomKey, RoomView] = {}
         self._recorder = recorder
         self._connections = connections
-        self._take_arrays = take_arrays
+        self._take_result = take_result
 
     def show(self, key: RoomKey, session: Session) -> None:
         """Bring a room's view, and the trace, up to date."""
@@ -53,7 +53,7 @@ class Display:
             return
         before = view.state
         if session.state is KVPoll.Success and view.data is None:
-            view.data = self._take_arrays(key)
+            view.data = self._take_result(key)
         view.update(session)
         if session.state.is_terminal and not before.is_terminal:
             log_end(view)

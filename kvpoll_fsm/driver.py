@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.address import Address
@@ -30,14 +30,17 @@ from kvpoll_fsm.inbox import Inbox
 from kvpoll_fsm.incoming import Incoming
 from kvpoll_fsm.inputs import AbortRoom
 from kvpoll_fsm.jobs import Jobs
+from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.reception import Reception
 from kvpoll_fsm.recorder import Recorder
+from kvpoll_fsm.requests import Requests
 from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.spi import CountsRefusals, Transport
+from kvpoll_fsm.staging import Destination, new_arrays
 from kvpoll_fsm.timers import Timers
 from kvpoll_fsm.view import RoomView
 from kvpoll_fsm.workers import Workers
@@ -46,6 +49,27 @@ __all__ = ["Driver"]
 
 log = logging.getLogger("kvpoll_fsm")
 T = TypeVar("T")
+
+
+class Guest(Protocol):
+    """Has a turn in every turn of the loop; the mover's desk is one."""
+
+    def fileno(self) -> int:
+        """Readable when the guest has something to do."""
+        ...
+
+    def take_turn(self) -> None:
+        """Do it, before the core's effects are carried out."""
+        ...
+
+    def end_turn(self) -> None:
+        """The effects of this turn have been carried out."""
+        ...
+
+    def destination(self, layout: Layout, total_tokens: int) -> Destination:
+        """Where a receiver's room goes, instead of new arrays."""
+        ...
+
 
 POLL_INTERVAL_S = 0.001
 """How often a transport without a `fileno()` is asked, while there is something it could tell."""
@@ -61,17 +85,31 @@ class Driver:
     Attributes:
         address: The control address, once started.
         core: All state that decides; the driver's thread alone touches it.
-        forked: This is a forked child's copy, which has no thread.
-        pid: The process that owns it.
-        host_seen: Set by every call of the host; tells a live host from a live driver.
+        requests: What hosts ask of it, for its thread.
     """
 
-    def __init__(self, pool: BlockPool, config: Config, transports: Mapping[str, Transport]) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        config: Config,
+        transports: Mapping[str, Transport],
+        sign: bytearray | memoryview,
+        guest: Guest | None = None,
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            pool: The blocks.
+            config: The settings.
+            transports: Not started yet, by name.
+            sign: One byte that every call of the host sets: tells a live host from a live driver.
+            guest: Somebody who has his turn in the loop.
+        """
         self.pool = pool
         self.config = config
-        self.host_seen = True
-        self.forked = False
-        self.pid = os.getpid()
+        self.requests = Requests(self)
+        self._sign = sign
+        self._guest = guest
         self._inbox = Inbox()
         self._timers = Timers(time.monotonic)
         self._control = Control(config.listen, config.keys, config.limits, config.deadlines.peer_lost_s)
@@ -86,18 +124,25 @@ class Driver:
     # Start and end
 
     def start(self) -> Address:
-        """Take ports and threads; returns the address peers use.
+        """Take ports and threads, and run in a thread; returns the address peers use.
 
         Raises:
             AddressError: The listen address cannot be bound.
             BlockError: Another endpoint uses the pool.
             TransportUnavailable: A transport cannot work here.
         """
+        self._thread = threading.Thread(target=self.run, name="kvpoll-driver", daemon=True)
+        self.open(self._thread.start)
+        return self.address
+
+    def open(self, go: Callable[[], None] = lambda: None) -> None:
+        """Take ports and threads; then `go`, without which `run` has to be called. Raises what `start` does."""
         self.pool.claim()
         incarnation = os.urandom(16)
         self.recorder = Recorder(incarnation, self.config.trace)
         try:
             self._open(incarnation)
+            go()
         except BaseException:
             self._control.close()
             self._carriers.close()
@@ -106,7 +151,6 @@ class Driver:
             self.recorder.close()
             self.pool.unclaim()
             raise
-        return self.address
 
     def _open(self, incarnation: bytes) -> None:
         self.recorder.start()
@@ -118,8 +162,8 @@ class Driver:
         self._assemble()
         self._control.watch(self._inbox.open())
         self._carriers.watch(self._actions.lost)
-        self._thread = threading.Thread(target=self._run, name="kvpoll-driver", daemon=True)
-        self._thread.start()
+        if self._guest is not None:
+            self._control.watch(self._guest.fileno())
 
     def _advertised(self, bound: Address) -> Address:
         advertise = self.config.advertise
@@ -134,19 +178,24 @@ class Driver:
     def _assemble(self) -> None:
         """Make those who work for the driver; what they share are the core, the transports and the jobs."""
         core, transports, submit, feed = self.core, self.transports, self._jobs.submit, self.core.feed
-        give_up, arrays, peers = self._carriers.give_up, self.config.arrays, self.core.connections
+        give_up, peers = self._carriers.give_up, self.core.connections
         self._links = Links(transports)
-        self.incoming = Incoming(self.pool, transports, submit, feed, give_up, arrays)
+        self.incoming = Incoming(self.pool, transports, submit, feed, give_up, self._destination)
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
         self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
-        self._display = Display(self.recorder, peers, self.incoming.take_arrays)
+        self._display = Display(self.recorder, peers, self.incoming.take_result)
         self._reception = Reception(core, self._control, self.recorder)
+
+    def _destination(self, layout: Layout, total_tokens: int) -> Destination:
+        if self._guest is not None:
+            return self._guest.destination(layout, total_tokens)
+        return new_arrays(layout, total_tokens, self.config.arrays)
 
     def close(self) -> None:
         """Fail what is live, tell peers, wait for their acknowledgement, give everything back."""
         if not self._closing:
             self._closing = True
-            self.post(self._begin_close)
+            self.post(self.begin_close)
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -154,7 +203,6 @@ class Driver:
 
     def post(self, task: Callable[[], None]) -> None:
         """Run `task` on the driver's thread, soon; once that has ended, here and to no effect."""
-        self.host_seen = True
         self._inbox.put(task)
         if self._cause is not None:  # perhaps it ended just now; nobody else would run the task
             self._inbox.abandon()
@@ -197,14 +245,6 @@ class Driver:
     def ended(self) -> str | None:
         """Why the driver has ended, or None while it runs."""
         return self._cause
-
-    def check_peer(self, address: Address) -> None:
-        """Refuse a peer that could not be spoken to; from any thread.
-
-        Raises:
-            AddressError: Only one side has keys, or the peer's key is not trusted.
-        """
-        self._control.check_peer(address)
 
     def connect(self, address: Address) -> int:
         """The connection to the endpoint at `address`, opened if there is none. Driver's thread.
@@ -258,7 +298,8 @@ class Driver:
 
     # The loop
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Turn until the endpoint is closed, or breaks; then give everything back."""
         cause = "closed"
         try:
             self._timers.set("heartbeat", self.config.deadlines.heartbeat_s)
@@ -274,6 +315,8 @@ class Driver:
     def _turn(self) -> None:
         self._inbox.heard(self._control.wait(self._wait_s()))
         self._inbox.run(TURN_S)
+        if self._guest is not None:
+            self._guest.take_turn()
         for origin, identity, packet in self._control.read():
             self._reception.take(origin, identity, packet)
         for name, completion in self._carriers.news():
@@ -283,6 +326,8 @@ class Driver:
         self.core.flush()
         self._carry_out()
         self.recorder.flush()
+        if self._guest is not None:
+            self._guest.end_turn()
         if self._carriers.fatal is not None:
             raise self._carriers.fatal
         if self.core.owes_ack and not self._owed:
@@ -316,8 +361,8 @@ class Driver:
 
     def _host_alive(self) -> bool:
         now = time.monotonic()
-        if self.host_seen:
-            self.host_seen, self._host_seen_s = False, now
+        if self._sign[0]:
+            self._sign[0], self._host_seen_s = 0, now
         return now - self._host_seen_s < self.config.deadlines.host_alive_s
 
     # Effects
@@ -360,9 +405,12 @@ class Driver:
 
     # The end
 
-    def _begin_close(self) -> None:
+    def begin_close(self, cause: str = "the endpoint was closed") -> None:
+        """Take no new room, fail what is live, tell peers; then the loop ends. Driver's thread."""
+        if self._phase != "running":
+            return
         for key in list(self.core.sessions):
-            self.core.feed(key, AbortRoom("the endpoint was closed"))
+            self.core.feed(key, AbortRoom(cause))
             self.clear(key)
         self._timers.set("flush", FLUSH_S)
         self._phase = "closing"

@@ -8,43 +8,37 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex
 
-from kvpoll_fsm import registry
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.engine import Engine, Question, ThreadEngine
 from kvpoll_fsm.errors import (
     DuplicateRoom,
     EndpointClosed,
-    Failure,
-    FailureCode,
     ForkedError,
     InvalidInput,
     RequestTooLarge,
-    TransportUnavailable,
 )
-from kvpoll_fsm.handles import CALL_S, Receiver, Room, Sender, plain_block_ids, plain_integer
+from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids, plain_integer
 from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
-from kvpoll_fsm.receiver_session import ReceiverOptions
-from kvpoll_fsm.security import Keys
+from kvpoll_fsm.requests import ReceiverOrder
+from kvpoll_fsm.security import Keys, check_peer
 from kvpoll_fsm.selection import Policy
-from kvpoll_fsm.sender_session import SenderOptions
-from kvpoll_fsm.spi import Transport
 from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Endpoint"]
 
 log = logging.getLogger("kvpoll_fsm")
-T = TypeVar("T")
 
 _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
@@ -118,7 +112,7 @@ class Endpoint:
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._draining = False
-        self._driver: Driver | None = None
+        self._engine: Engine | None = None
         self._address: Address | None = None
 
     # Start and end
@@ -130,11 +124,11 @@ class Endpoint:
             TransportUnavailable: No transport of the policy can be used (`require`: the one named); says why.
             AddressError: The listen address cannot be bound.
         """
-        if self._driver is not None:
+        if self._engine is not None:
             raise InvalidInput("the endpoint has been started before; make a new one")
-        driver = Driver(self.pool, self.config, self._load_transports())
-        self._address = driver.start()
-        self._driver = driver
+        engine = self._new_engine()
+        self._address = engine.start()
+        self._engine = engine
         _endpoints.add(self)
         atexit.unregister(_close_all)
         atexit.register(_close_all)  # anew: before whatever the transports have registered to close themselves
@@ -142,10 +136,10 @@ class Endpoint:
 
     def close(self) -> None:
         """End all rooms, tell peers, wait briefly for their acknowledgement, give everything back."""
-        driver = self._driver
-        if driver is None or driver.forked:
+        engine = self._engine
+        if engine is None or engine.forked:
             return
-        driver.close()
+        engine.close()
         _endpoints.discard(self)
 
     def __enter__(self) -> Endpoint:
@@ -164,21 +158,33 @@ class Endpoint:
         return self._address
 
     @property
-    def driver(self) -> Driver:
-        """The driver, for tools and tests.
+    def engine(self) -> Engine:
+        """What runs the rooms, in a thread or in a process of its own.
 
         Raises:
             EndpointClosed: Not started, or ended.
             ForkedError: In a forked child.
         """
-        driver = self._driver
-        if driver is None:
+        engine = self._engine
+        if engine is None:
             raise EndpointClosed("not started: use `with Endpoint(...)` or call start()")
-        if driver.forked:
-            raise ForkedError(driver.pid, os.getpid())
-        if driver.ended is not None:
-            raise EndpointClosed(driver.ended)
-        return driver
+        if engine.forked:
+            raise ForkedError(engine.pid, os.getpid())
+        if engine.ended is not None:
+            raise EndpointClosed(engine.ended)
+        return engine
+
+    @property
+    def driver(self) -> Driver:
+        """The driver, for tools and tests of isolation="thread".
+
+        Raises:
+            InvalidInput: It runs in a process of its own.
+        """
+        engine = self.engine
+        if not isinstance(engine, ThreadEngine):
+            raise InvalidInput('the driver runs in a process of its own; isolation="thread" has it here')
+        return engine.driver
 
     # Rooms
 
@@ -200,13 +206,11 @@ class Endpoint:
         room = plain_integer("room", room, 0, MAX_ROOM)
         if required_ranks is not None:
             required_ranks = plain_integer("required_ranks", required_ranks, 1, MAX_RANKS)
-        driver, view = self.driver, RoomView(room, 0, tag)
+        engine = self.engine
         policy = self.config.policy if transports is None else Policy.parse(transports)
-        limit = self.pool.capacity_tokens if self.pool.managed else 0
-        options = SenderOptions(required_ranks, policy, tuple(driver.transports), self.pool.layout.block_tokens, limit)
-        handle = Sender(self, view)
+        handle = Sender(self, engine, engine.view(room, 0, tag))
         self._enter(handle)
-        driver.post(lambda: self._opened(view, lambda: driver.core.open_sender(room, options)))
+        engine.open_sender(handle.view, required_ranks, policy)
         return handle
 
     def receiver(
@@ -250,22 +254,16 @@ class Endpoint:
         rank = plain_integer("rank", rank, 0, ranks - 1)
         address = Address.parse(peer).require_reachable()
         chosen, count = self._grant_size(tokens, resume, blocks, dummy)
-        driver, view = self.driver, RoomView(room, rank, tag)
-        driver.check_peer(address)
-        handle = Receiver(self, view, manual=resume == "manual")
+        order = ReceiverOrder(address, ranks, count, resume, chosen)
+        engine = self.engine
+        check_peer(self.config.keys, address)
+        handle = Receiver(self, engine, engine.view(room, rank, tag), manual=resume == "manual")
         self._enter(handle)
-
-        def opening() -> Any:
-            options = ReceiverOptions(
-                driver.connect(address), ranks, count, self.pool.layout.block_tokens, resume, chosen
-            )
-            return driver.core.open_receiver(room, rank, options)
-
         if not chosen:
-            driver.post(lambda: self._opened(view, opening))
+            engine.open_receiver(handle.view, order)
             return handle
         try:
-            driver.call(lambda: self._admit(view, opening)).result(CALL_S)
+            engine.admit_receiver(handle.view, order)
         except BaseException:
             handle.clear()  # it may be opened yet, if it was the waiting that ended
             raise
@@ -279,11 +277,12 @@ class Endpoint:
         Raises:
             EndpointClosed: The endpoint has ended.
         """
-        return self._ask(lambda driver: driver.core.load())
+        load: BlockLoad = self._ask("load")
+        return load
 
     def is_idle(self) -> bool:
         """No room is live, and no write can land any more."""
-        return self._ask(_is_idle)
+        return bool(self._ask("is_idle"))
 
     def drain(self, deadline_s: float) -> bool:
         """Take no new rooms and wait until those open have ended; False if the deadline came first."""
@@ -304,18 +303,21 @@ class Endpoint:
         gate), limit_s (how long it may wait there without a sign of progress, None once it is terminal) and
         bytes_done. A room that is terminal is listed until no write of it can land and it was cleared.
         """
-        return self._ask(lambda driver: [_describe(driver, key) for key in driver.core.sessions])
+        rooms: list[dict[str, Any]] = self._ask("dump")
+        return rooms
 
     def refused(self) -> dict[str, dict[str, int]]:
         """How often something was refused: by plane ("control", or a transport's name) and reason.
 
         The log has the first of each, with what is known of the peer.
         """
-        return self._ask(lambda driver: driver.refused())
+        counts: dict[str, dict[str, int]] = self._ask("refused")
+        return counts
 
     def trace(self) -> list[Record]:
         """The newest records of the trace: states, parts and messages, oldest first."""
-        return self._ask(lambda driver: driver.recorder.records())
+        records: list[Record] = self._ask("trace")
+        return records
 
     # Inside
 
@@ -326,6 +328,9 @@ class Endpoint:
             if self._open.get(place) is handle:
                 del self._open[place]
 
+    def _new_engine(self) -> Engine:
+        return ThreadEngine(self.pool, self.config)
+
     def _enter(self, handle: Room) -> None:
         place = (handle.side, handle.room, handle.rank)
         with self._lock:
@@ -335,35 +340,15 @@ class Endpoint:
                 raise DuplicateRoom(*place)
             self._open[place] = handle
 
-    def _opened(self, view: RoomView, opening: Callable[[], Any]) -> None:
-        """Open a room on the driver's thread; what cannot be opened ends Failed."""
-        try:
-            self._admit(view, opening)
-        except Exception as error:  # told to the handle's owner by poll(), as any other failure
-            code = FailureCode.__members__.get(type(error).__name__, FailureCode.InternalError)
-            failure = Failure.of(code, f"could not be opened: {error}", state=view.state)
-            view.fail(failure)
-            view.settle()
-
-    def _admit(self, view: RoomView, opening: Callable[[], Any]) -> None:
-        driver = self._driver_unchecked()
-        if driver.closing:  # asked for before, but it comes after our Bye
-            raise EndpointClosed(driver.ended or "closed")
-        driver.add_view(opening(), view)
-
-    def _driver_unchecked(self) -> Driver:
-        if self._driver is None:
-            raise EndpointClosed("not started")
-        return self._driver
-
     def _live(self) -> list[RoomView]:
         with self._lock:
             views = [handle.view for handle in self._open.values()]
         return [view for view in views if not view.quiescent]
 
-    def _ask(self, question: Callable[[Driver], T]) -> T:
-        driver = self.driver
-        return driver.call(lambda: question(driver)).result(CALL_S)
+    def _ask(self, question: Question) -> Any:
+        engine = self.engine
+        engine.sign[0] = 1
+        return engine.ask(question)
 
     def _grant_size(
         self, tokens: int | None, resume: str, blocks: Iterable[SupportsIndex] | None, dummy: bool
@@ -386,20 +371,6 @@ class Endpoint:
             raise RequestTooLarge(count, most)
         return (), count
 
-    def _load_transports(self) -> dict[str, Transport]:
-        """The transports of the policy; with `prefer` those that cannot be loaded are left out, if any can."""
-        policy, loaded, refusals = self.config.policy, {}, []
-        for name in policy.names:
-            try:
-                loaded[name] = registry.load(name)(**self.config.options_of(name))
-            except TransportUnavailable as error:
-                refusals.append(error)
-        if not loaded:
-            raise refusals[0]
-        for refusal in refusals:
-            log.warning("transport left out: %s", refusal)
-        return loaded
-
 
 def _await_quiet(view: RoomView | None, left_s: float) -> None:
     """Wait a moment for a room that is live; rooms that were cleared have no view to wait on."""
@@ -407,28 +378,6 @@ def _await_quiet(view: RoomView | None, left_s: float) -> None:
         time.sleep(min(left_s, 0.01))
     else:
         view.wait_until(lambda: view.quiescent, min(left_s, 1.0))
-
-
-def _is_idle(driver: Driver) -> bool:
-    return driver.outgoing.idle and all(session.quiescent for session in driver.core.sessions.values())
-
-
-def _describe(driver: Driver, key: Any) -> dict[str, Any]:
-    session = driver.core.sessions[key]
-    view = driver.views.get(key)
-    live = not session.state.is_terminal
-    return {
-        "side": key.side,
-        "room": key.room,
-        "rank": key.rank,
-        "tag": view.tag if view else "",
-        "state": str(session.state),
-        "gate": str(session.gate),
-        "waits_for": session.awaited(),
-        "waited_s": round(time.monotonic() - view.gate_since_s, 3) if view else None,
-        "limit_s": driver.config.deadlines.of(session.state, session.gate) if live else None,
-        "bytes_done": session.bytes_done,
-    }
 
 
 def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:
@@ -439,7 +388,8 @@ def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys |
 
 def _after_fork_in_child() -> None:
     for endpoint in list(_endpoints):
-        endpoint._driver_unchecked().forked = True
+        if endpoint._engine is not None:
+            endpoint._engine.after_fork()
 
 
 def _close_all() -> None:

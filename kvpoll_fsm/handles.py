@@ -6,24 +6,21 @@ import asyncio
 import contextlib
 import operator
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.deadlines import Gate
-from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.engine import Engine
 from kvpoll_fsm.errors import Failure, ForeignBlock, ForkedError, InvalidInput, TransferFailed
-from kvpoll_fsm.inputs import AbortRoom, ReleasePart, Supplied
+from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.poll import KVPoll
-from kvpoll_fsm.session import PartRecord, RoomKey
+from kvpoll_fsm.session import PartRecord
 from kvpoll_fsm.staging import Source
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Receiver", "Sender"]
-
-CALL_S = 30.0
-"""Longest wait for the driver's answer to a question such as `load()`."""
 
 
 def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: int = 0) -> tuple[int, ...]:
@@ -66,8 +63,8 @@ class Owner(Protocol):
     pool: BlockPool
 
     @property
-    def driver(self) -> Driver:
-        """The driver that runs the rooms."""
+    def engine(self) -> Engine:
+        """What runs the rooms."""
         ...
 
     def dropped(self, handle: Room) -> None:
@@ -78,11 +75,13 @@ class Owner(Protocol):
 class Room:
     """One side of a room. All methods may be called from any thread; none but `wait` and `result` waits."""
 
+    __slots__ = ("__weakref__", "_engine", "_owner", "view")
+
     side = ""
 
-    def __init__(self, owner: Owner, view: RoomView) -> None:
+    def __init__(self, owner: Owner, engine: Engine, view: RoomView) -> None:
         self._owner = owner
-        self._driver = owner.driver
+        self._engine = engine
         self.view = view
 
     @property
@@ -101,10 +100,10 @@ class Room:
         Raises:
             ForkedError: In a forked child of the process that made the handle.
         """
-        driver = self._driver
-        if driver.forked:
-            raise ForkedError(driver.pid, os.getpid())
-        driver.host_seen = True
+        engine = self._engine
+        if engine.forked:
+            raise ForkedError(engine.pid, os.getpid())
+        engine.sign[0] = 1
         return self.view.state
 
     def wait(self, timeout: float | None = None) -> KVPoll:
@@ -127,6 +126,7 @@ class Room:
     @property
     def failure(self) -> Failure | None:
         """Why the room ended Failed, or None."""
+        self.view.catch_up()
         return self.view.failure
 
     @property
@@ -137,6 +137,7 @@ class Room:
     @property
     def parts(self) -> tuple[PartRecord, ...]:
         """The parts that have an outcome."""
+        self.view.catch_up()
         return self.view.parts
 
     @property
@@ -151,27 +152,17 @@ class Room:
 
     def abort(self, reason: str = "aborted by the host") -> None:
         """Give the room up. Both sides end Failed; the other is told why."""
-        detail = str(reason)  # what is no text could not be sent, and nothing after it either
-        self._post(lambda key: self._driver.core.feed(key, AbortRoom(detail)))
+        self.poll()
+        self._engine.abort(self.view, str(reason))  # what is no text could not be sent, and nothing after it either
 
     def clear(self) -> None:
         """Drop the room; its number may be used again at once. A live room is aborted.
 
         What must still be said to the peer, and blocks that might still be written, are looked after.
         """
-        self._post(self._driver.clear)
-        self._owner.dropped(self)
-
-    def _post(self, action: Callable[[RoomKey], None]) -> None:
-        """Act on the driver's thread, once the room is open there."""
         self.poll()
-        view = self.view
-
-        def task() -> None:
-            if view.key is not None:
-                action(view.key)
-
-        self._driver.post(task)
+        self._engine.clear(self.view)
+        self._owner.dropped(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} room={self.room} rank={self.rank} {self.view.state}>"
@@ -180,10 +171,12 @@ class Room:
 class Sender(Room):
     """The sender's side of a room."""
 
+    __slots__ = ("_ready_tokens", "_source", "_total_tokens")
+
     side = "sender"
 
-    def __init__(self, owner: Owner, view: RoomView) -> None:
-        super().__init__(owner, view)
+    def __init__(self, owner: Owner, engine: Engine, view: RoomView) -> None:
+        super().__init__(owner, engine, view)
         self._source: RoomSource | None = None
         self._total_tokens = 0
         self._ready_tokens = 0
@@ -208,7 +201,7 @@ class Sender(Room):
             )
         source = Source.of(self._owner.pool.layout, data, copy)
         self._source, self._total_tokens = source, source.total_tokens
-        self._supply(source.total_tokens, staged=True)
+        self._supply(source, source.total_tokens, staged=True)
 
     def open(self, total_tokens: SupportsIndex) -> None:
         """Say how many tokens the room will have; `send_blocks()` brings them.
@@ -241,33 +234,29 @@ class Sender(Room):
             raise InvalidInput(f"{count} tokens take {needed} blocks here, {len(blocks)} were given")
         if self._ready_tokens + count > self._total_tokens:
             raise InvalidInput(f"{self._ready_tokens + count} tokens in a room opened for {self._total_tokens}")
-        source = self._source
-        self._driver.post(lambda: source.add(blocks, count))
-        self._supply(self._ready_tokens + count, staged=False)
+        self.poll()
+        self._engine.add_blocks(self._source, blocks, count)
+        self._supply(self._source, self._ready_tokens + count, staged=False)
 
     def _require_unsent(self) -> None:
         if self._source is not None:
             raise InvalidInput(f"room {self.room} was given its data before; one room carries one transfer")
 
-    def _supply(self, ready_tokens: int, *, staged: bool) -> None:
+    def _supply(self, source: RoomSource, ready_tokens: int, *, staged: bool) -> None:
+        self.poll()
         self._ready_tokens = ready_tokens
-        source, supplied = self._source, Supplied(self._total_tokens, ready_tokens, staged)
-
-        def supply(key: RoomKey) -> None:
-            if source is not None and key in self._driver.core.sessions:
-                self._driver.outgoing.sources[key] = source
-            self._driver.core.feed(key, supplied)
-
-        self._post(supply)
+        self._engine.supply(self.view, source, Supplied(self._total_tokens, ready_tokens, staged))
 
 
 class Receiver(Room):
     """One receiver rank's side of a room."""
 
+    __slots__ = ("_manual",)
+
     side = "receiver"
 
-    def __init__(self, owner: Owner, view: RoomView, manual: bool) -> None:
-        super().__init__(owner, view)
+    def __init__(self, owner: Owner, engine: Engine, view: RoomView, manual: bool) -> None:
+        super().__init__(owner, engine, view)
         self._manual = manual
 
     def result(self, timeout: float | None = None) -> dict[str, Any]:
@@ -286,6 +275,7 @@ class Receiver(Room):
         state = self.wait(timeout)
         if not state.is_terminal:
             raise TimeoutError(f"room {self.room} is {state}, waiting at {self.gate}, after {timeout} s")
+        self.view.catch_up()
         if self.view.failure is not None:
             raise TransferFailed(self.room, self.view.failure)
         return dict(self.view.data or {})
@@ -317,7 +307,7 @@ class Receiver(Room):
     @property
     def part(self) -> PartRecord | None:
         """The newest part that has an outcome: its range, and the blocks it lies in. None before the first."""
-        parts = self.view.parts
+        parts = self.parts
         return parts[-1] if parts else None
 
     def resume(self, blocks: Iterable[SupportsIndex]) -> None:
@@ -332,9 +322,7 @@ class Receiver(Room):
         chosen = plain_block_ids(self._owner.pool, blocks, at_least=1)
         if self.view.gate is not Gate.waiting_resume:
             raise InvalidInput(f"the room is {self.view.state} at {self.view.gate} and takes no resume now")
-        driver, key = self._driver, self.view.key
-        if key is not None:  # it is: no room waits for a resume that was not opened
-            driver.call(lambda: driver.core.resume(key, chosen)).result(CALL_S)
+        self._engine.resume(self.view, chosen)
 
     def release(self, part: SupportsIndex) -> None:
         """The engine has no more use for the blocks of a committed part (`manual`).
@@ -345,4 +333,5 @@ class Receiver(Room):
         if not self._manual:
             raise InvalidInput('release() is for resume="manual"; this room gives blocks back by itself')
         number = plain_integer("part", part, 0)
-        self._post(lambda key: self._driver.core.feed(key, ReleasePart(number)))
+        self.poll()
+        self._engine.release(self.view, number)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.arrays import Array, Kind
 from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
 from kvpoll_fsm.errors import Failure, FailureCode, InvalidInput, KvpollError
 from kvpoll_fsm.inputs import CopiedOut, Fenced, Granted, GrantRefused, Input, Verified
+from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.outgoing import Submit
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey
@@ -36,7 +36,7 @@ class Incoming:
         submit: Submit,
         feed: Callable[[RoomKey, Input], None],
         give_up: Callable[[str, Exception], None],
-        arrays: str,
+        new_destination: Callable[[Layout, int], Destination],
     ) -> None:
         """Store what is needed.
 
@@ -46,14 +46,14 @@ class Incoming:
             submit: Runs work on a worker.
             feed: Gives an input to a room.
             give_up: Closes a transport that cannot be kept from writing by less, given its name and the error.
-            arrays: Kind of the arrays rooms end in: "auto", "numpy" or "torch".
+            new_destination: Makes the place where a room of so many tokens is gathered.
         """
         self._pool = pool
         self._transports = transports
         self._submit = submit
         self._feed = feed
         self._give_up = give_up
-        self._kind: Kind = cast("Kind", arrays)
+        self._new_destination = new_destination
         self._tokens: dict[tuple[RoomKey, int], dict[str, bytes]] = {}
         self._fences: dict[tuple[str, int], tuple[RoomKey, int]] = {}
         self._destinations: dict[RoomKey, Destination] = {}
@@ -126,10 +126,10 @@ class Incoming:
         """Check and copy landed parts into the room's own arrays."""
         self._work(key, lambda: self._copy(key, command), lambda problem: CopiedOut(command.parts[-1].part, problem))
 
-    def take_arrays(self, key: RoomKey) -> dict[str, Array] | None:
-        """The arrays of a room that ended Success, given out once; None where the engine owns the blocks."""
+    def take_result(self, key: RoomKey) -> Any:
+        """What a room that ended Success has brought, given out once; None where the engine owns the blocks."""
         destination = self._destinations.pop(key, None)
-        return destination.arrays() if destination else None
+        return destination.result if destination else None
 
     @property
     def idle(self) -> bool:
@@ -179,7 +179,7 @@ class Incoming:
         problem = None if command.checksum is None else self._check(last, command.checksum)
         if problem is None:
             if key not in self._destinations:
-                self._destinations[key] = Destination(self._pool.layout, command.total_tokens, self._kind)
+                self._destinations[key] = self._new_destination(self._pool.layout, command.total_tokens)
             self._destinations[key].copy_out(self._pool, command.parts)
         return problem
 

@@ -5,6 +5,7 @@ Used by the driver's thread alone, but for `_prepare`, which runs on a worker.
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,9 +21,9 @@ from kvpoll_fsm.links import Links
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Transport, Write
 from kvpoll_fsm.spi import Progress as TicketProgress
-from kvpoll_fsm.staging import Source, checksum_runs, stage
+from kvpoll_fsm.staging import TokenSource, checksum_runs, stage
 
-__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "Submit"]
+__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "StagedElsewhere", "Submit"]
 
 log = logging.getLogger("kvpoll_fsm")
 Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], None]
@@ -55,7 +56,15 @@ class EngineBlocks:
         return self._first_block or 0
 
 
-RoomSource = Source | EngineBlocks
+class StagedElsewhere(abc.ABC):
+    """A room's data that this process cannot read: another copies them into our blocks."""
+
+    @abc.abstractmethod
+    def stage(self, command: StartPart, then: Callable[[Exception | None], None]) -> None:
+        """Have a part copied, and call `then` on the driver's thread, once, with what kept it from being so."""
+
+
+RoomSource = TokenSource | EngineBlocks | StagedElsewhere
 
 
 @dataclass
@@ -147,6 +156,16 @@ class Outgoing:
         """Begin to move a part to its targets; each is answered by one PartWritten, whatever goes wrong."""
         for target in command.targets:
             self._writings[key, target.rank] = _Writing(key, command, target)
+        source = self.sources.get(key)
+        if isinstance(source, StagedElsewhere) and command.attempt == 0:
+            source.stage(command, lambda error: self._staged(key, command, error))
+        else:
+            self._staged(key, command, None)
+
+    def _staged(self, key: RoomKey, command: StartPart, error: Exception | None) -> None:
+        """The data are in our blocks, or a worker can bring them there."""
+        if error is not None:
+            return self._prepared(key, command, error)
         try:
             self._submit(key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result))
         except Exception as error:  # no worker will answer
@@ -226,7 +245,7 @@ class Outgoing:
         if isinstance(source, EngineBlocks):
             slots, room_block = source.slots(command.offset, command.tokens), source.room_block
         else:
-            if command.attempt == 0:
+            if command.attempt == 0 and not isinstance(source, StagedElsewhere):
                 stage(self._pool, command.blocks, source, command.offset, command.tokens, first)
             slots = list(runs(command.blocks, self._pool.layout.block_tokens, command.tokens))
             room_block = command.blocks[0]

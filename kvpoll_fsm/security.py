@@ -16,9 +16,10 @@ import zmq
 import zmq.auth
 import zmq.utils.z85
 
-from kvpoll_fsm.errors import InvalidInput
+from kvpoll_fsm.address import Address
+from kvpoll_fsm.errors import AddressError, InvalidInput
 
-__all__ = ["Keys", "generate_keys"]
+__all__ = ["Keys", "check_peer", "generate_keys"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,18 @@ class Keys:
     def admits(self, public: bytes) -> bool:
         """Whether the holder of this public key (Z85) is trusted."""
         return public in self.authorized
+
+
+def check_peer(keys: Keys | None, address: Address) -> None:
+    """Refuse a peer that could not be spoken to, before anything is sent.
+
+    Raises:
+        AddressError: Only one side has keys, or the peer's key is not trusted.
+    """
+    if keys is None and address.key is not None:
+        raise AddressError(address.place, "the endpoint there wants keys: pass keys= and authorized=")
+    if keys is not None and (address.key is None or not keys.admits(address.key)):
+        raise AddressError(address.place, "its public key is missing or not in the folder of authorized keys")
 
 
 def _is_key(text: bytes) -> bool:

@@ -8,6 +8,7 @@ get their turn. Nothing here is done per token: blocks that lie side by side are
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import xxhash
 
@@ -17,7 +18,17 @@ from kvpoll_fsm.commands import HeldPart
 from kvpoll_fsm.errors import ForeignBlock, InvalidInput, LayoutError
 from kvpoll_fsm.layout import Field, Layout, runs
 
-__all__ = ["Destination", "Source", "checksum", "checksum_runs", "stage", "verify"]
+__all__ = [
+    "Destination",
+    "Piece",
+    "Source",
+    "TokenSource",
+    "checksum",
+    "checksum_runs",
+    "new_arrays",
+    "stage",
+    "verify",
+]
 
 SLICE_NBYTES = 2 << 20
 """Most bytes copied without letting another thread run: 0.2 ms, or 1 ms into memory never touched before."""
@@ -26,6 +37,19 @@ SLICE_NBYTES = 2 << 20
 _HASH_NBYTES = 64 << 10 if int(xxhash.VERSION.split(".")[0]) >= 4 else 8 << 20
 
 Runs = Sequence[tuple[int, int]]
+Piece = tuple[int, int, int]
+"""Where to, where from, and how many bytes."""
+
+
+class TokenSource(Protocol):
+    """What a sender's room is staged from."""
+
+    layout: Layout
+    total_tokens: int
+
+    def fill(self, field_number: int, arena: memoryview, pieces: Sequence[Piece]) -> None:
+        """Copy pieces of a field's bytes, which lie token after token, into an arena."""
+        ...
 
 
 class Source:
@@ -65,12 +89,19 @@ class Source:
             buffers = [_snapshot(buffer) for buffer in buffers]
         return cls(layout, total_tokens, tuple(buffers))
 
-    def buffer(self, field_number: int) -> memoryview:
-        """The bytes of a field, token after token; perhaps read-only."""
-        return self._buffers[field_number]
+    @property
+    def buffers(self) -> tuple[memoryview, ...]:
+        """The bytes of every field, token after token; perhaps read-only."""
+        return self._buffers
+
+    def fill(self, field_number: int, arena: memoryview, pieces: Sequence[Piece]) -> None:
+        """Copy pieces of a field's bytes into an arena."""
+        data = self._buffers[field_number]
+        for dst_at, src_at, nbytes in pieces:
+            _copy(arena, dst_at, data, src_at, nbytes)
 
 
-def stage(pool: BlockPool, blocks: Sequence[int], source: Source, offset: int, tokens: int, first: bool) -> None:
+def stage(pool: BlockPool, blocks: Sequence[int], source: TokenSource, offset: int, tokens: int, first: bool) -> None:
     """Copy tokens [offset, offset + tokens) into blocks, the first of them to the start of `blocks[0]`.
 
     Args:
@@ -91,11 +122,10 @@ def stage(pool: BlockPool, blocks: Sequence[int], source: Source, offset: int, t
     _require_range(offset, tokens, source.total_tokens)
     slots = _slot_runs(pool, blocks, tokens)
     for region, field in zip(pool.regions(), pool.layout.fields, strict=True):
-        data = source.buffer(region.number)
         if not field.per_room:
-            _scatter(region.buffer, data, slots, offset, field.slot_nbytes)
+            source.fill(region.number, region.buffer, _pieces(slots, offset, field.slot_nbytes))
         elif first:
-            _copy(region.buffer, blocks[0] * field.slot_nbytes, data, 0, field.slot_nbytes)
+            source.fill(region.number, region.buffer, [(blocks[0] * field.slot_nbytes, 0, field.slot_nbytes)])
 
 
 def checksum(pool: BlockPool, blocks: Sequence[int], tokens: int, first: bool) -> bytes:
@@ -150,34 +180,29 @@ def verify(pool: BlockPool, held: HeldPart, expected: bytes) -> bool:
 
 
 class Destination:
-    """New arrays for one room, filled part by part.
+    """Where the bytes of one room are gathered, part by part.
 
     Attributes:
         layout: What they hold.
-        total_tokens: Tokens in every token field.
+        total_tokens: Tokens of the whole room.
+        result: What the host is given once every part has been copied.
     """
 
-    __slots__ = ("_arrays", "_buffers", "layout", "total_tokens")
+    __slots__ = ("_buffers", "layout", "result", "total_tokens")
 
-    def __init__(self, layout: Layout, total_tokens: int, kind: Kind = "auto") -> None:
-        """Allocate an array for every field; their content is undefined until copied.
+    def __init__(self, layout: Layout, total_tokens: int, buffers: Sequence[memoryview], result: Any) -> None:
+        """Store what is needed.
 
         Args:
             layout: What to hold.
             total_tokens: Tokens of the whole room.
-            kind: Whose arrays: "numpy" (bfloat16 and float8 as raw bits), "torch", or "auto", which is torch
-                if the program has imported it.
-
-        Raises:
-            InvalidInput: Fewer than 1 token, more than memory can hold, or an impossible kind.
+            buffers: Writable bytes for every field, in layout order; their content is undefined until copied.
+            result: What the host is given.
         """
-        if total_tokens < 1:
-            raise InvalidInput(f"a room of {total_tokens} tokens")
-        resolved = resolve_kind(kind)
         self.layout = layout
         self.total_tokens = total_tokens
-        self._arrays = {field.name: empty(field, total_tokens, resolved) for field in layout.fields}
-        self._buffers = tuple(as_bytes(field, self._arrays[field.name]) for field in layout.fields)
+        self.result = result
+        self._buffers = tuple(buffers)
 
     def copy_out(self, pool: BlockPool, parts: Iterable[HeldPart]) -> None:
         """Copy landed parts to their place; part 0 brings the per-room values.
@@ -201,9 +226,25 @@ class Destination:
             elif held.part == 0:
                 _copy(data, 0, region.buffer, held.blocks[0] * field.slot_nbytes, field.slot_nbytes)
 
-    def arrays(self) -> dict[str, Array]:
-        """The arrays by field name, in layout order; complete once every part has been copied."""
-        return dict(self._arrays)
+
+def new_arrays(layout: Layout, total_tokens: int, kind: Kind | str = "auto") -> Destination:
+    """A destination of new arrays, one for every field; `result` is a dict of them by name, in layout order.
+
+    Args:
+        layout: What to hold.
+        total_tokens: Tokens of the whole room.
+        kind: Whose arrays: "numpy" (bfloat16 and float8 as raw bits), "torch", or "auto", which is torch
+            if the program has imported it.
+
+    Raises:
+        InvalidInput: Fewer than 1 token, more than memory can hold, or an impossible kind.
+    """
+    if total_tokens < 1:
+        raise InvalidInput(f"a room of {total_tokens} tokens")
+    resolved = resolve_kind(kind)
+    arrays = {field.name: empty(field, total_tokens, resolved) for field in layout.fields}
+    buffers = [as_bytes(field, arrays[field.name]) for field in layout.fields]
+    return Destination(layout, total_tokens, buffers, arrays)
 
 
 def _common_tokens(layout: Layout, buffers: Sequence[memoryview]) -> int:
@@ -240,10 +281,13 @@ def _slot_runs(pool: BlockPool, blocks: Sequence[int], tokens: int) -> list[tupl
     return list(runs(blocks, pool.layout.block_tokens, tokens))
 
 
-def _scatter(arena: memoryview, data: memoryview, slots: Runs, offset: int, size: int) -> None:
+def _pieces(slots: Runs, offset: int, size: int) -> list[Piece]:
+    """Tokens from `offset` on, of `size` bytes each, to these slots."""
+    pieces = []
     for slot, length in slots:
-        _copy(arena, slot * size, data, offset * size, length * size)
+        pieces.append((slot * size, offset * size, length * size))
         offset += length
+    return pieces
 
 
 def _gather(data: memoryview, arena: memoryview, slots: Runs, offset: int, size: int) -> None:

@@ -38,6 +38,27 @@ class RoomView:
         opened_s: Monotonic time of the opening.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_callbacks",
+        "_changed",
+        "bytes_done",
+        "data",
+        "failure",
+        "gate",
+        "gate_since_s",
+        "history",
+        "key",
+        "opened_s",
+        "over",
+        "parts",
+        "quiescent",
+        "rank",
+        "room",
+        "state",
+        "tag",
+    )
+
     def __init__(self, room: int, rank: int, tag: str) -> None:
         self.room = room
         self.rank = rank
@@ -45,15 +66,26 @@ class RoomView:
         self.key: RoomKey | None = None
         self.state = KVPoll.Bootstrapping
         self.failure: Failure | None = None
-        self.history: tuple[KVPoll, ...] = (KVPoll.Bootstrapping,)
+        self.history: tuple[KVPoll, ...] = _FIRST
         self.parts: tuple[PartRecord, ...] = ()
         self.gate = Gate.waiting_ranks
         self.bytes_done = 0
         self.quiescent = self.over = False
-        self.data: dict[str, Any] | None = None
+        self.data: Any = None
         self.opened_s = self.gate_since_s = time.monotonic()
-        self.changed = threading.Condition()
-        self._callbacks: list[Callable[[], None]] = []
+        self._changed: threading.Condition | None = None
+        self._callbacks: list[Callable[[], None]] | None = None
+
+    @property
+    def changed(self) -> threading.Condition:
+        """Notified when the state, or what is known of its memory, changes. Made for the first who waits."""
+        with _making:
+            if self._changed is None:
+                self._changed = threading.Condition()
+        return self._changed
+
+    def catch_up(self) -> None:
+        """Wait until everything that belongs to `state` is here; it is, where the driver writes it in this order."""
 
     def update(self, session: Session) -> None:
         """Show what the session says. Driver's thread."""
@@ -85,33 +117,45 @@ class RoomView:
 
     def show(self, state: KVPoll, *, wake: bool = False) -> None:
         """Set the state, and wake those who wait for it."""
-        ended = state.is_terminal and not self.state.is_terminal
-        moved = state is not self.state
+        wake = wake or state is not self.state
         self.state = state
-        if not (moved or wake):
+        if wake:
+            self.wake()
+
+    def wake(self) -> None:
+        """Let all who wait look again; once the room has ended, call back those who asked for that."""
+        changed = self._changed  # read after the state was set: who makes it later sees that state
+        if changed is None:
             return
-        with self.changed:
-            self.changed.notify_all()
-            callbacks = self._callbacks if ended else []
-            if ended:
-                self._callbacks = []
-        for callback in callbacks:
+        with changed:
+            changed.notify_all()
+            callbacks = self._callbacks if self.state.is_terminal else None
+            if callbacks:
+                self._callbacks = None
+        for callback in callbacks or ():
             callback()
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until `condition` holds; False if the time passed first."""
-        with self.changed:
-            return self.changed.wait_for(condition, timeout_s)
+        if condition():
+            return True
+        changed = self.changed
+        with changed:
+            return changed.wait_for(condition, timeout_s)
 
     def call_when_ended(self, callback: Callable[[], None]) -> None:
         """Call back once, from the driver's thread, when the room is terminal; at once if it is."""
         with self.changed:
             if not self.state.is_terminal:
-                self._callbacks.append(callback)
+                self._callbacks = [*(self._callbacks or ()), callback]
                 return
         callback()
 
     def call_no_more(self, callback: Callable[[], None]) -> None:
         """Forget a callback; unknown ones are ignored."""
         with self.changed:
-            self._callbacks = [other for other in self._callbacks if other is not callback]
+            self._callbacks = [other for other in self._callbacks or () if other is not callback] or None
+
+
+_FIRST = (KVPoll.Bootstrapping,)
+_making = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call

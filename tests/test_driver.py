@@ -221,8 +221,8 @@ def test_closing_while_rooms_are_opened() -> None:
 def test_a_room_asked_for_at_the_very_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver has ended between the look at it and the request."""
     with endpoint() as tx:
-        driver = tx.driver
-    monkeypatch.setattr(Endpoint, "driver", property(lambda self: driver))
+        engine, driver = tx.engine, tx.driver
+    monkeypatch.setattr(Endpoint, "engine", property(lambda self: engine))
     sender = tx.sender(1)
     failure = failed(sender)
     assert "the endpoint has ended: closed" in failure.detail
@@ -426,7 +426,7 @@ def test_pain_13_an_exception_fails_one_room_and_the_next_succeeds(what: str, mo
             "stage": (kvpoll_fsm.outgoing, "stage"),
             "checksum": (kvpoll_fsm.outgoing, "checksum_runs"),
             "verify": (kvpoll_fsm.incoming, "verify"),
-            "destination": (kvpoll_fsm.incoming, "Destination"),
+            "destination": (kvpoll_fsm.driver, "new_arrays"),
         }
         if what == "submit":
             transfer(tx, rx, 0)

@@ -632,7 +632,7 @@ def test_a_resume_that_never_comes_ends_at_the_sender_too() -> None:
 
 
 def test_a_room_whose_opening_was_not_waited_for_is_opened_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpoll_fsm.endpoint.CALL_S", 0.01)
+    monkeypatch.setattr("kvpoll_fsm.engine.CALL_S", 0.01)
     with pair(rx={"pool": adopted(4)[0]}) as (tx, rx):
         driver, peer = rx.driver, str(tx.address)
         with driver_stopped(rx), pytest.raises(concurrent.futures.TimeoutError):

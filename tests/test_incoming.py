@@ -15,7 +15,7 @@ from kvpoll_fsm.inputs import CopiedOut, Fenced, Granted, GrantRefused, Input, V
 from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.spi import Capabilities, FenceKind, LeaseId, Range, Transport
-from kvpoll_fsm.staging import Source, checksum, stage
+from kvpoll_fsm.staging import Destination, Source, checksum, new_arrays, stage
 
 LAYOUT = Layout(4, [Field("ids", "int32"), Field("aux", "int64", (2,), per_room=True)])
 KEY = RoomKey("receiver", 1, 2, 3)
@@ -47,6 +47,10 @@ class FakeTransport:
         return next(self._fences)
 
 
+def _numpy(layout: Layout, total_tokens: int) -> Destination:
+    return new_arrays(layout, total_tokens, "numpy")
+
+
 class Bench:
     def __init__(self, *transports: FakeTransport) -> None:
         self.pool = BlockPool(LAYOUT, 6)
@@ -56,7 +60,7 @@ class Bench:
         self.given_up: list[str] = []
         self.closes = True
         self.incoming = Incoming(
-            self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), self._give_up, "numpy"
+            self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), self._give_up, _numpy
         )
 
     def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
@@ -242,11 +246,11 @@ def test_copies_out_part_by_part_and_gives_the_arrays_once(bench: Bench) -> None
         right, data = landed(bench.pool, held)
         bench.incoming.copy_out(KEY, CopyOut((held,), 11, right))
         assert bench.last == CopiedOut(held.part, None)
-    arrays = bench.incoming.take_arrays(KEY)
+    arrays = bench.incoming.take_result(KEY)
     assert arrays is not None
     assert (arrays["ids"] == data["ids"]).all()
     assert (arrays["aux"] == data["aux"]).all()
-    assert bench.incoming.take_arrays(KEY) is None
+    assert bench.incoming.take_result(KEY) is None
     assert bench.incoming._destinations == {}
 
 
@@ -255,7 +259,7 @@ def test_what_does_not_agree_is_not_copied(bench: Bench) -> None:
     landed(bench.pool, held)
     bench.incoming.copy_out(KEY, CopyOut((held,), 8, bytes(16)))
     assert bench.last.failure[0] is FailureCode.ChecksumMismatch
-    assert bench.incoming.take_arrays(KEY) is None
+    assert bench.incoming.take_result(KEY) is None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no worker"), SystemExit()])

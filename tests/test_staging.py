@@ -17,7 +17,7 @@ from kvpoll_fsm.arrays import as_bytes, empty
 from kvpoll_fsm.commands import HeldPart
 from kvpoll_fsm.errors import ForeignBlock, InvalidInput, LayoutError, LayoutMismatch
 from kvpoll_fsm.layout import ITEMSIZE, Field, Layout, cut, runs
-from kvpoll_fsm.staging import Destination, Source, checksum, checksum_runs, stage, verify
+from kvpoll_fsm.staging import Source, checksum, checksum_runs, new_arrays, stage, verify
 
 FIELDS = [
     Field("ids", "int32"),
@@ -77,9 +77,9 @@ def test_every_dtype_there_and_back(dtype: str, kind: Any) -> None:
     data = _data(10, kind, fields)
     pool = BlockPool(layout, 5)
     stage(pool, [4, 0, 1], Source.of(layout, data), 0, 10, True)
-    destination = Destination(layout, 10, kind)
+    destination = new_arrays(layout, 10, kind)
     destination.copy_out(pool, [HeldPart(0, 0, 10, (4, 0, 1))])
-    arrays = destination.arrays()
+    arrays = destination.result
     assert list(arrays) == ["x", "s", "r"]
     assert _bytes(arrays, fields) == _bytes(data, fields)
     for name, array in arrays.items():
@@ -94,10 +94,10 @@ def test_every_dtype_there_and_back(dtype: str, kind: Any) -> None:
 def test_stage_and_copy_out_in_parts(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 40))
     room = _data(tokens)
-    source, destination = Source.of(LAYOUT, room), Destination(LAYOUT, tokens, "numpy")
+    source, destination = Source.of(LAYOUT, room), new_arrays(LAYOUT, tokens, "numpy")
     for field in FIELDS:
-        as_bytes(field, destination.arrays()[field.name])[:] = bytes(
-            as_bytes(field, destination.arrays()[field.name]).nbytes
+        as_bytes(field, destination.result[field.name])[:] = bytes(
+            as_bytes(field, destination.result[field.name]).nbytes
         )
     offset = part = 0
     while offset < tokens:
@@ -106,7 +106,7 @@ def test_stage_and_copy_out_in_parts(data: st.DataObject) -> None:
         stage(pool, blocks, source, offset, length, part == 0)
         destination.copy_out(pool, [HeldPart(part, offset, length, tuple(blocks))])
         offset, part = offset + length, part + 1
-    assert _bytes(destination.arrays()) == _bytes(room)
+    assert _bytes(destination.result) == _bytes(room)
 
 
 @given(st.data())
@@ -131,9 +131,9 @@ def test_slices(tokens: int) -> None:
     room, pool, blocks = _data(tokens), BlockPool(LAYOUT, 5), (3, 4, 0, 1, 2)
     stage(pool, blocks, Source.of(LAYOUT, room, copy=True), 0, tokens, True)
     assert checksum(pool, blocks, tokens, True) == _reference_checksum(room, 0, tokens, True)
-    destination = Destination(LAYOUT, tokens, "numpy")
+    destination = new_arrays(LAYOUT, tokens, "numpy")
     destination.copy_out(pool, [HeldPart(0, 0, tokens, blocks)])
-    assert _bytes(destination.arrays()) == _bytes(room)
+    assert _bytes(destination.result) == _bytes(room)
 
 
 def test_larger_than_a_slice() -> None:
@@ -144,9 +144,9 @@ def test_larger_than_a_slice() -> None:
     blocks = tuple(range(pool.blocks))
     stage(pool, blocks, Source.of(layout, room), 0, tokens, True)
     assert checksum(pool, blocks, tokens, True) == xxhash.xxh3_128(room["x"].tobytes()).digest()
-    destination = Destination(layout, tokens, "numpy")
+    destination = new_arrays(layout, tokens, "numpy")
     destination.copy_out(pool, [HeldPart(0, 0, tokens, blocks)])
-    assert np.array_equal(destination.arrays()["x"], room["x"])
+    assert np.array_equal(destination.result["x"], room["x"])
 
 
 def test_stage_touches_nothing_else() -> None:
@@ -166,10 +166,10 @@ def test_per_room_values_go_to_the_first_block_with_part_0_only() -> None:
     stage(pool, [3, 1], Source.of(LAYOUT, room), 0, 8, True)
     assert np.array_equal(pool.view("aux")[3], room["aux"])
     assert not pool.view("aux")[:3].any()
-    destination = Destination(LAYOUT, 8, "numpy")
-    destination.arrays()["aux"][:] = -1
+    destination = new_arrays(LAYOUT, 8, "numpy")
+    destination.result["aux"][:] = -1
     destination.copy_out(pool, [HeldPart(1, 0, 8, (3, 1))])
-    assert destination.arrays()["aux"].tolist() == [-1, -1]
+    assert destination.result["aux"].tolist() == [-1, -1]
 
 
 def test_one_changed_bit_changes_the_checksum() -> None:
@@ -220,8 +220,8 @@ def test_borrowed_sources_copy_nothing_and_copies_are_snapshots() -> None:
     tracemalloc.stop()
     snapshot = Source.of(layout, {"x": array}, copy=True)
     array[:] = 5
-    assert borrowed.buffer(0)[-1] == 5
-    assert not any(snapshot.buffer(0))
+    assert borrowed.buffers[0][-1] == 5
+    assert not any(snapshot.buffers[0])
     assert borrowed.total_tokens == snapshot.total_tokens == 1024
 
 
@@ -271,7 +271,7 @@ def test_source_needs_every_field() -> None:
     ],
 )
 def test_bad_parts_move_nothing(blocks: list[int], offset: int, tokens: int, error: type[Exception], text: str) -> None:
-    pool, source, destination = BlockPool(LAYOUT, 3), Source.of(LAYOUT, _data(9)), Destination(LAYOUT, 9)
+    pool, source, destination = BlockPool(LAYOUT, 3), Source.of(LAYOUT, _data(9)), new_arrays(LAYOUT, 9)
     with pytest.raises(error, match=text):
         stage(pool, blocks, source, offset, tokens, True)
     assert not any(any(region.buffer) for region in pool.regions())
@@ -288,29 +288,29 @@ def test_other_layouts_are_refused_and_other_block_sizes_are_not() -> None:
     with pytest.raises(LayoutMismatch, match=r"flag: int8\[scalar\] per room here, bool"):
         stage(BlockPool(other, 3), [0, 1, 2], Source.of(LAYOUT, data), 0, 9, True)
     with pytest.raises(LayoutMismatch, match="flag"):
-        Destination(LAYOUT, 9).copy_out(BlockPool(other, 3), [HeldPart(0, 0, 9, (0, 1, 2))])
+        new_arrays(LAYOUT, 9).copy_out(BlockPool(other, 3), [HeldPart(0, 0, 9, (0, 1, 2))])
     stage(BlockPool(Layout(5, FIELDS), 2), [0, 1], Source.of(LAYOUT, data), 0, 9, True)
 
 
 def test_destinations(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(Destination(LAYOUT, 3).arrays()["emb"], torch.Tensor)
-    assert isinstance(Destination(LAYOUT, 3, "numpy").arrays()["emb"], np.ndarray)
+    assert isinstance(new_arrays(LAYOUT, 3).result["emb"], torch.Tensor)
+    assert isinstance(new_arrays(LAYOUT, 3, "numpy").result["emb"], np.ndarray)
     with pytest.raises(InvalidInput, match="a room of 0 tokens"):
-        Destination(LAYOUT, 0)
+        new_arrays(LAYOUT, 0)
     with pytest.raises(InvalidInput, match="no memory"):
-        Destination(LAYOUT, 1 << 60)
+        new_arrays(LAYOUT, 1 << 60)
     with pytest.raises(InvalidInput, match="arrays='x'"):
-        Destination(LAYOUT, 3, "x")  # type: ignore[arg-type]
+        new_arrays(LAYOUT, 3, "x")  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, "torch")
-    assert isinstance(Destination(LAYOUT, 3).arrays()["emb"], np.ndarray)
+    assert isinstance(new_arrays(LAYOUT, 3).result["emb"], np.ndarray)
 
 
 def test_pain_18_the_arrays_outlive_the_pool() -> None:
     room, pool = _data(8), BlockPool(LAYOUT, 2)
     stage(pool, [0, 1], Source.of(LAYOUT, room), 0, 8, True)
-    destination = Destination(LAYOUT, 8)
+    destination = new_arrays(LAYOUT, 8)
     destination.copy_out(pool, [HeldPart(0, 0, 8, (0, 1))])
-    arrays = destination.arrays()
+    arrays = destination.result
     pool.close()
     del pool, destination
     assert _bytes(arrays) == _bytes(room)

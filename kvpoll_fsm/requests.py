@@ -1,0 +1,175 @@
+"""What hosts ask of a driver, carried out on its thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvpoll_fsm.address import Address
+from kvpoll_fsm.blocks import BlockLoad
+from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode
+from kvpoll_fsm.inputs import AbortRoom, ReleasePart, Supplied
+from kvpoll_fsm.receiver_session import ReceiverOptions
+from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sender_session import SenderOptions
+from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.trace import Record
+from kvpoll_fsm.view import RoomView
+
+if TYPE_CHECKING:
+    from kvpoll_fsm.driver import Driver
+    from kvpoll_fsm.outgoing import RoomSource
+
+__all__ = ["ReceiverOrder", "Requests"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverOrder:
+    """How a receiver rank is to be opened.
+
+    Attributes:
+        peer: The sender's endpoint.
+        ranks: How many receiver ranks the room has.
+        blocks: Blocks of one grant; 0 for a dummy rank.
+        resume: "drain", "extend" or "manual".
+        exact: The engine's own blocks for part 0, or () to let the pool choose.
+        window: Grants that may be out at a time, 1 or 2.
+    """
+
+    peer: Address
+    ranks: int
+    blocks: int
+    resume: str
+    exact: tuple[int, ...] = ()
+    window: int = 1
+
+
+class Requests:
+    """Used by the driver's thread alone. A room that is not open any more takes what is asked of it to no effect."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    # Rooms
+
+    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
+        """Open the sender's side of a room; one that cannot be opened ends Failed."""
+        driver, pool = self._driver, self._driver.pool
+        limit = pool.capacity_tokens if pool.managed else 0
+        options = SenderOptions(required_ranks, policy, tuple(driver.transports), pool.layout.block_tokens, limit)
+        self._open(view, lambda: driver.core.open_sender(view.room, options))
+
+    def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
+        """Open one receiver rank of a room; one that cannot be opened ends Failed."""
+        self._open(view, lambda: self._receiver(view, order))
+
+    def admit_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
+        """Open one receiver rank of a room.
+
+        Raises:
+            KvpollError: It cannot be opened.
+        """
+        self._admit(view, lambda: self._receiver(view, order))
+
+    def supply(self, view: RoomView, source: RoomSource, supplied: Supplied) -> None:
+        """The host has tokens of a sender's room, to be had from `source`."""
+        driver, key = self._driver, view.key
+        if key is None:
+            return
+        if key in driver.core.sessions:
+            driver.outgoing.sources[key] = source
+        driver.core.feed(key, supplied)
+
+    def resume(self, view: RoomView, blocks: tuple[int, ...]) -> None:
+        """Grant these blocks for the next part.
+
+        Raises:
+            KvpollError: They cannot be granted.
+        """
+        if view.key is not None:
+            self._driver.core.resume(view.key, blocks)
+
+    def release(self, view: RoomView, part: int) -> None:
+        """The engine has no more use for the blocks of a part."""
+        if view.key is not None:
+            self._driver.core.feed(view.key, ReleasePart(part))
+
+    def abort(self, view: RoomView, detail: str) -> None:
+        """Give a room up."""
+        if view.key is not None:
+            self._driver.core.feed(view.key, AbortRoom(detail))
+
+    def clear(self, view: RoomView) -> None:
+        """The host drops a room."""
+        if view.key is not None:
+            self._driver.clear(view.key)
+
+    # The whole endpoint
+
+    def load(self) -> BlockLoad:
+        """How the pool's blocks are used."""
+        return self._driver.core.load()
+
+    def is_idle(self) -> bool:
+        """No room is live, and no write can land any more."""
+        driver = self._driver
+        return driver.outgoing.idle and all(session.quiescent for session in driver.core.sessions.values())
+
+    def dump(self) -> list[dict[str, Any]]:
+        """Every room that is not over; `Endpoint.dump` says what of it."""
+        return [self._describe(key) for key in self._driver.core.sessions]
+
+    def refused(self) -> dict[str, dict[str, int]]:
+        """How often something was refused, by plane and reason."""
+        return self._driver.refused()
+
+    def trace(self) -> list[Record]:
+        """The newest records of the trace."""
+        return self._driver.recorder.records()
+
+    # Inside
+
+    def _receiver(self, view: RoomView, order: ReceiverOrder) -> RoomKey:
+        driver = self._driver
+        options = ReceiverOptions(
+            driver.connect(order.peer),
+            order.ranks,
+            order.blocks,
+            driver.pool.layout.block_tokens,
+            order.resume,
+            order.exact,
+        )
+        return driver.core.open_receiver(view.room, view.rank, options)
+
+    def _open(self, view: RoomView, opening: Callable[[], RoomKey]) -> None:
+        try:
+            self._admit(view, opening)
+        except Exception as error:  # told to the handle's owner by poll(), as any other failure
+            code = FailureCode.__members__.get(type(error).__name__, FailureCode.InternalError)
+            view.fail(Failure.of(code, f"could not be opened: {error}", state=view.state))
+            view.settle()
+
+    def _admit(self, view: RoomView, opening: Callable[[], RoomKey]) -> None:
+        driver = self._driver
+        if driver.closing:  # asked for before, but it comes after our Bye
+            raise EndpointClosed(driver.ended or "closed")
+        driver.add_view(opening(), view)
+
+    def _describe(self, key: RoomKey) -> dict[str, Any]:
+        driver = self._driver
+        session, view = driver.core.sessions[key], driver.views.get(key)
+        live = not session.state.is_terminal
+        return {
+            "side": key.side,
+            "room": key.room,
+            "rank": key.rank,
+            "tag": view.tag if view else "",
+            "state": str(session.state),
+            "gate": str(session.gate),
+            "waits_for": session.awaited(),
+            "waited_s": round(time.monotonic() - view.gate_since_s, 3) if view else None,
+            "limit_s": driver.config.deadlines.of(session.state, session.gate) if live else None,
+            "bytes_done": session.bytes_done,
+        }
