@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -47,6 +47,39 @@ class BlockPool:
         self._segments = tuple(_allocate(field, layout, blocks) for field in layout.fields)
         self._regions = tuple(Region(n, each.buffer, each.fd) for n, each in enumerate(self._segments))
         self._set(layout, blocks, True)
+
+    @classmethod
+    def shared(cls, layout: Layout, blocks: int, fds: Sequence[int]) -> BlockPool:
+        """The same pool in another process, which was given its file descriptors; it takes them over.
+
+        Args:
+            layout: As the pool's.
+            blocks: As the pool's.
+            fds: Of every region, in their order.
+
+        Raises:
+            OSError: They cannot be mapped.
+        """
+        pool = cls.__new__(cls)
+        sizes = [field.block_nbytes(layout.block_tokens) * blocks for field in layout.fields]
+        pool._segments = tuple(Segment(nbytes, fd) for nbytes, fd in zip(sizes, fds, strict=True))
+        pool._regions = tuple(Region(n, each.buffer, each.fd) for n, each in enumerate(pool._segments))
+        pool._set(layout, blocks, True)
+        return pool
+
+    def renew(self) -> None:
+        """Take fresh memory: what may still be written into the old one is nobody's any more.
+
+        Raises:
+            InvalidInput: There is no memory for it, or the engine owns this pool's.
+        """
+        if not self._managed:
+            raise InvalidInput("the memory of this pool is the engine's own")
+        old = self._segments
+        self._segments = tuple(_allocate(field, self._layout, self._blocks) for field in self._layout.fields)
+        self._regions = tuple(Region(n, each.buffer, each.fd) for n, each in enumerate(self._segments))
+        for segment in old:
+            segment.close()
 
     @classmethod
     def adopt(cls, layout: Layout, tensors: Mapping[str, Array]) -> BlockPool:
@@ -104,6 +137,11 @@ class BlockPool:
     def managed(self) -> bool:
         """The endpoint chooses blocks; otherwise the engine names them (`adopt`)."""
         return self._managed
+
+    @property
+    def shareable(self) -> bool:
+        """Another process can be given the memory."""
+        return all(region.fd is not None for region in self.regions())
 
     @property
     def nbytes(self) -> int:

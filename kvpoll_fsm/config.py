@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,10 @@ class Config:
         deadlines: How long each gate may stay shut.
         checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
         arrays: "auto" (torch if it is imported, else numpy), "numpy" or "torch".
-        isolation: "thread"; the driver runs in a thread of this process.
+        isolation: Where the driver runs: "process" (a mover), "thread", or "auto": a mover, unless the engine owns
+            the memory or a setting or transport cannot be given to another process.
+        mover_nice: How far the mover stands back behind others, 0 to 19; below 0 takes privileges.
+        mover_cpus: Processors the mover may use, or None for all.
         transport_options: Keyword settings per transport name.
         workers: Threads that copy and hash.
         keys: CURVE keys for the control plane.
@@ -44,7 +48,9 @@ class Config:
     deadlines: Deadlines
     checksum: bool | str = "auto"
     arrays: str = "auto"
-    isolation: str = "thread"
+    isolation: str = "auto"
+    mover_nice: int = 0
+    mover_cpus: tuple[int, ...] | None = None
     transport_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     workers: int = 2
     keys: Keys | None = None
@@ -55,7 +61,8 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("checksum", self.checksum, ("auto", True, False))
         _one_of("arrays", self.arrays, ("auto", "numpy", "torch"))
-        _one_of("isolation", self.isolation, ("thread",))
+        _one_of("isolation", self.isolation, ("auto", "process", "thread"))
+        _check_mover(self.mover_nice, self.mover_cpus)
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers <= 64:
             raise InvalidInput(f"workers={self.workers!r}: give 1 to 64 threads")
         if not isinstance(self.deadlines, Deadlines):
@@ -86,6 +93,14 @@ class Config:
             if self.advertise is not None:
                 options.setdefault("advertise", self.advertise.host)
         return options
+
+
+def _check_mover(nice: int, cpus: tuple[int, ...] | None) -> None:
+    if isinstance(nice, bool) or not isinstance(nice, int) or not -20 <= nice <= 19:
+        raise InvalidInput(f"mover_nice={nice!r}: give an integer from -20 to 19")
+    ours = os.sched_getaffinity(0)
+    if cpus is not None and not (cpus and set(cpus) <= ours):
+        raise InvalidInput(f"mover_cpus={cpus!r}: give some of the processors this process may use: {sorted(ours)}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -91,9 +91,9 @@ class Control:
         public = self._keys.public if self._keys else None
         return self.listen.with_port(int(bound.rpartition(":")[2])).with_key(public)
 
-    def watch(self, fd: int) -> None:
-        """Let `wait()` end when `fd` is readable too."""
-        self._poller.register(fd, zmq.POLLIN)
+    def watch(self, fd: int, *, writable: bool = False) -> None:
+        """Let `wait()` end when `fd` is readable too, or when it is writable, if that is asked."""
+        self._poller.register(fd, zmq.POLLIN | (zmq.POLLOUT if writable else 0))
 
     def unwatch(self, fd: int) -> None:
         """Stop watching; before `fd` is closed."""

@@ -32,6 +32,7 @@ class Display:
         recorder: Recorder,
         connections: Mapping[int, Connection],
         take_result: Callable[[RoomKey], Any],
+        logs: bool = True,
     ) -> None:
         """Store what is needed.
 
@@ -39,11 +40,13 @@ class Display:
             recorder: Keeps the trace.
             connections: The peers by number.
             take_result: Gives what a receiver's room that ended Success has brought, once.
+            logs: Log how rooms end. A mover's host does that itself.
         """
         self.views: dict[RoomKey, RoomView] = {}
         self._recorder = recorder
         self._connections = connections
         self._take_result = take_result
+        self._logs = logs
 
     def show(self, key: RoomKey, session: Session) -> None:
         """Bring a room's view, and the trace, up to date."""
@@ -55,7 +58,7 @@ class Display:
         if session.state is KVPoll.Success and view.data is None:
             view.data = self._take_result(key)
         view.update(session)
-        if session.state.is_terminal and not before.is_terminal:
+        if self._logs and session.state.is_terminal and not before.is_terminal:
             log_end(view)
 
     def forget(self, key: RoomKey) -> None:
@@ -87,9 +90,7 @@ def log_end(view: RoomView) -> None:
     """One structured line for a room that ended."""
     seconds = time.monotonic() - view.opened_s
     tokens = sum(part.tokens for part in view.parts)
-    side = view.key.side if view.key else "?"
     text = "room ended side=%s room=%d rank=%d tag=%s state=%s parts=%d tokens=%d seconds=%.3f cause=%s"
     level = logging.INFO if view.failure is None else logging.WARNING
-    log.log(
-        level, text, side, view.room, view.rank, view.tag, view.state, len(view.parts), tokens, seconds, view.failure
-    )
+    place = (view.side, view.room, view.rank, view.tag)
+    log.log(level, text, *place, view.state, len(view.parts), tokens, seconds, view.failure)

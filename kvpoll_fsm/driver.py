@@ -55,11 +55,11 @@ class Guest(Protocol):
     """Has a turn in every turn of the loop; the mover's desk is one."""
 
     def fileno(self) -> int:
-        """Readable when the guest has something to do."""
+        """Readable when the guest has something to do; watched from the start."""
         ...
 
-    def take_turn(self) -> None:
-        """Do it, before the core's effects are carried out."""
+    def take_turn(self, readable: set[int]) -> None:
+        """Do what there is to do, before the core's effects are carried out; `readable` are watched descriptors."""
         ...
 
     def end_turn(self) -> None:
@@ -83,7 +83,8 @@ class Driver:
     """One endpoint's engine room.
 
     Attributes:
-        address: The control address, once started.
+        address: The control address that peers use, once started.
+        bound: The one it listens at.
         core: All state that decides; the driver's thread alone touches it.
         requests: What hosts ask of it, for its thread.
     """
@@ -156,7 +157,8 @@ class Driver:
         self.recorder.start()
         offers = self._carriers.start(self.pool)
         check_introduction(incarnation, self.pool.layout, offers)
-        self.address = self._advertised(self._control.start())
+        self.bound = self._control.start()
+        self.address = self._advertised(self.bound)
         self._workers.start()
         self.core = EndpointCore(self._options(incarnation, offers))
         self._assemble()
@@ -183,7 +185,7 @@ class Driver:
         self.incoming = Incoming(self.pool, transports, submit, feed, give_up, self._destination)
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
         self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
-        self._display = Display(self.recorder, peers, self.incoming.take_result)
+        self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest is None)
         self._reception = Reception(core, self._control, self.recorder)
 
     def _destination(self, layout: Layout, total_tokens: int) -> Destination:
@@ -269,6 +271,14 @@ class Driver:
                 counts[name] = dict(transport.refused())
         return counts
 
+    def watch(self, fd: int, *, writable: bool = False) -> None:
+        """Wake when `fd` is readable, and also when it is `writable`, if that is asked. Driver's thread."""
+        self._control.watch(fd, writable=writable)
+
+    def unwatch(self, fd: int) -> None:
+        """Before `fd` is closed, or when it would wake us for ever. Driver's thread."""
+        self._control.unwatch(fd)
+
     def add_view(self, key: RoomKey, view: RoomView) -> None:
         """Show a room that was opened. Driver's thread."""
         view.key = key
@@ -313,10 +323,11 @@ class Driver:
             self._end(cause)
 
     def _turn(self) -> None:
-        self._inbox.heard(self._control.wait(self._wait_s()))
+        readable = self._control.wait(self._wait_s())
+        self._inbox.heard(readable)
         self._inbox.run(TURN_S)
         if self._guest is not None:
-            self._guest.take_turn()
+            self._guest.take_turn(readable)
         for origin, identity, packet in self._control.read():
             self._reception.take(origin, identity, packet)
         for name, completion in self._carriers.news():

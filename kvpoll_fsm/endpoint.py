@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
 
+from kvpoll_fsm import registry
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.blocks import BlockLoad
@@ -26,10 +28,13 @@ from kvpoll_fsm.errors import (
     ForkedError,
     InvalidInput,
     RequestTooLarge,
+    TransportUnavailable,
 )
 from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids, plain_integer
 from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
+from kvpoll_fsm.mover.client import ProcessEngine
+from kvpoll_fsm.mover.settings import plain_options
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.security import Keys, check_peer
 from kvpoll_fsm.selection import Policy
@@ -59,7 +64,9 @@ class Endpoint:
         deadlines: Deadlines | None = None,
         checksum: bool | str = "auto",
         arrays: str = "auto",
-        isolation: str = "thread",
+        isolation: str = "auto",
+        mover_nice: int = 0,
+        mover_cpus: Iterable[int] | None = None,
         transport_options: Mapping[str, Mapping[str, Any]] | None = None,
         workers: int = 2,
         keys: str | Path | None = None,
@@ -78,7 +85,11 @@ class Endpoint:
             deadlines: How long rooms may wait at each gate.
             checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
             arrays: What results are made of: "auto" (torch if imported), "numpy", "torch".
-            isolation: "thread": the driver runs in a thread of this process.
+            isolation: Where the driver and the transports run: "process" (a process of their own, the mover, so that
+                a busy engine does not slow them down), "thread" (of this process), or "auto": a process, unless the
+                engine owns the memory or something cannot be given to another process.
+            mover_nice: How far the mover stands back behind other processes, 0 to 19.
+            mover_cpus: Processors the mover may use; None leaves it all.
             transport_options: Keyword settings by transport name.
             workers: Threads that copy and hash.
             keys: This endpoint's NAME.key_secret (`kvpoll keygen`): the control plane is then encrypted, and
@@ -102,6 +113,8 @@ class Endpoint:
             checksum=checksum,
             arrays=arrays,
             isolation=isolation,
+            mover_nice=mover_nice,
+            mover_cpus=None if mover_cpus is None else tuple(mover_cpus),
             transport_options=transport_options or {},
             workers=workers,
             keys=_load_keys(keys, authorized),
@@ -329,7 +342,25 @@ class Endpoint:
                 del self._open[place]
 
     def _new_engine(self) -> Engine:
-        return ThreadEngine(self.pool, self.config)
+        if self._isolation() == "thread":
+            return ThreadEngine(self.pool, self.config)
+        return ProcessEngine(self.pool, self.config)
+
+    def _isolation(self) -> str:
+        """Where the driver is to run.
+
+        Raises:
+            InvalidInput: In a process, but it cannot.
+        """
+        wanted = self.config.isolation
+        if wanted == "thread":
+            return wanted
+        obstacle = _obstacle(self.pool, self.config)
+        if obstacle and wanted == "process":
+            raise InvalidInput(f'isolation="process": {obstacle}; use "thread"')
+        if obstacle:
+            log.debug("isolation is thread: %s", obstacle)
+        return "thread" if obstacle else "process"
 
     def _enter(self, handle: Room) -> None:
         place = (handle.side, handle.room, handle.rank)
@@ -378,6 +409,23 @@ def _await_quiet(view: RoomView | None, left_s: float) -> None:
         time.sleep(min(left_s, 0.01))
     else:
         view.wait_until(lambda: view.quiescent, min(left_s, 1.0))
+
+
+def _obstacle(pool: BlockPool, config: Config) -> str:
+    """What keeps the driver from running in a process of its own, or nothing."""
+    if not pool.managed:
+        return "the memory of the pool is the engine's own"
+    if not pool.shareable or not hasattr(os, "pidfd_open"):
+        return "this system has no memfd or no pidfd"
+    for name in config.policy.names:
+        with contextlib.suppress(TransportUnavailable):  # told where it is needed
+            if registry.load(name).capabilities.one_process:
+                return f"transport {name!r} works within one process alone"
+    try:
+        plain_options(config)
+    except InvalidInput as error:
+        return str(error)
+    return ""
 
 
 def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:

@@ -14,6 +14,7 @@ KvpollError
 │   └── DuplicateRoom         the room is open already on this endpoint
 ├── UnknownRoom               the room is not open here: never opened, or cleared
 ├── TransportUnavailable      unknown, not installed, or unusable here
+├── MoverUnavailable          the process for the transfers cannot be started
 ├── MalformedMessage          bytes that are no message of ours
 ├── UnsupportedVersion        a peer that shares no protocol version with us
 ├── LimitReached              more than an endpoint's `Limits` allow
@@ -51,6 +52,7 @@ __all__ = [
     "LayoutMismatch",
     "LimitReached",
     "MalformedMessage",
+    "MoverUnavailable",
     "PolicyError",
     "RequestTooLarge",
     "TransferFailed",
@@ -69,6 +71,7 @@ class FailureCode(str, enum.Enum):
     Aborted = "Aborted"
     Displaced = "Displaced"
     PeerLost = "PeerLost"
+    MoverLost = "MoverLost"
     OutcomeUnknown = "OutcomeUnknown"
     DeadlinePassed = "DeadlinePassed"
     ProtocolError = "ProtocolError"
@@ -97,6 +100,7 @@ _RETRYABLE = frozenset(
     {
         FailureCode.Displaced,
         FailureCode.PeerLost,
+        FailureCode.MoverLost,
         FailureCode.OutcomeUnknown,
         FailureCode.DeadlinePassed,
         FailureCode.TransportFailed,
@@ -267,6 +271,14 @@ class TransportUnavailable(KvpollError):
         self.problem = problem
         self.hint = hint
         super().__init__(f"transport {name!r}: {problem}" + (f"; {hint}" if hint else ""))
+
+
+class MoverUnavailable(KvpollError):
+    """The process that an endpoint's transfers are to run in cannot be started."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"no mover: {problem}; isolation='thread' does without")
 
 
 class MalformedMessage(KvpollError):

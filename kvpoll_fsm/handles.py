@@ -132,6 +132,7 @@ class Room:
     @property
     def history(self) -> tuple[KVPoll, ...]:
         """The states gone through, the present one last."""
+        self.view.refresh()
         return self.view.history
 
     @property
@@ -143,11 +144,13 @@ class Room:
     @property
     def gate(self) -> Gate:
         """What the room waits for."""
+        self.view.refresh()
         return self.view.gate
 
     @property
     def bytes_done(self) -> int:
         """Bytes of the room that have landed, over all ranks, as far as this side knows."""
+        self.view.refresh()
         return self.view.bytes_done
 
     def abort(self, reason: str = "aborted by the host") -> None:
@@ -278,7 +281,7 @@ class Receiver(Room):
         self.view.catch_up()
         if self.view.failure is not None:
             raise TransferFailed(self.room, self.view.failure)
-        return dict(self.view.data or {})
+        return self.view.result()
 
     def _require_library_owned(self) -> None:
         if self._manual:
@@ -320,8 +323,8 @@ class Receiver(Room):
         if not self._manual:
             raise InvalidInput('resume() is for resume="manual"; this room resumes by itself')
         chosen = plain_block_ids(self._owner.pool, blocks, at_least=1)
-        if self.view.gate is not Gate.waiting_resume:
-            raise InvalidInput(f"the room is {self.view.state} at {self.view.gate} and takes no resume now")
+        if self.gate is not Gate.waiting_resume:
+            raise InvalidInput(f"the room is {self.view.state} at {self.gate} and takes no resume now")
         self._engine.resume(self.view, chosen)
 
     def release(self, part: SupportsIndex) -> None:

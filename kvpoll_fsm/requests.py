@@ -56,6 +56,7 @@ class Requests:
 
     def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
         """Open the sender's side of a room; one that cannot be opened ends Failed."""
+        view.side = "sender"
         driver, pool = self._driver, self._driver.pool
         limit = pool.capacity_tokens if pool.managed else 0
         options = SenderOptions(required_ranks, policy, tuple(driver.transports), pool.layout.block_tokens, limit)
@@ -132,6 +133,7 @@ class Requests:
     # Inside
 
     def _receiver(self, view: RoomView, order: ReceiverOrder) -> RoomKey:
+        view.side = "receiver"
         driver = self._driver
         options = ReceiverOptions(
             driver.connect(order.peer),

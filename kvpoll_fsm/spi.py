@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from msgspec import Struct
+
 __all__ = [
     "MAX_TICKET_NBYTES",
     "Capabilities",
@@ -62,6 +64,7 @@ class Capabilities:
         reports_progress: `Progress` comes while a ticket is in flight.
         integrity: The medium detects flipped bits by itself (shared memory, RDMA), so `checksum="auto"` is off.
         cuda: Regions may be device memory.
+        one_process: Works between endpoints of one process alone.
     """
 
     scatter_entries: int = 1024
@@ -71,10 +74,10 @@ class Capabilities:
     reports_progress: bool = False
     integrity: bool = False
     cuda: bool = False
+    one_process: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseId:
+class LeaseId(Struct, frozen=True, cache_hash=True):
     """(room, generation, part) on one rank of the receiving endpoint: the holder of blocks."""
 
     side: str
@@ -102,8 +105,7 @@ class Region:
     fd_offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(Struct, frozen=True):
     """Bytes [offset, offset + nbytes) of region number `region`."""
 
     region: int
@@ -111,8 +113,7 @@ class Range:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Struct, frozen=True):
     """Copy `nbytes` from a local region to the peer's region of the same number."""
 
     region: int
@@ -121,15 +122,13 @@ class Write:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(Struct, frozen=True):
     """All bytes of the ticket are in the destination's memory (not merely sent)."""
 
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """The ticket ended without all bytes in place.
 
     Attributes:
@@ -146,37 +145,32 @@ class Failed:
     source_free: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Quiesced:
+class Quiesced(Struct, frozen=True):
     """A ticket that had Failed without quiescence can land no more and reads its source no more."""
 
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """`nbytes` of the ticket have landed so far."""
 
     ticket: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fenced:
+class Fenced(Struct, frozen=True):
     """The answer to `fence`: no byte lands under that token any more."""
 
     fence: int
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUp:
+class LinkUp(Struct, frozen=True):
     """The peer's data port has been reached and accepted us. Comes again after a link recovered."""
 
     link: int
 
 
-@dataclass(frozen=True, slots=True)
-class LinkDown:
+class LinkDown(Struct, frozen=True):
     """The link does not work; its tickets end by themselves, after this. A new submit may try again."""
 
     link: int

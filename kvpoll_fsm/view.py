@@ -24,8 +24,8 @@ class RoomView:
 
     Attributes:
         key: Which life of which room; None until the driver has opened it.
+        side: "sender" or "receiver", once it is being opened.
         tag: The host's own name for the room, for logs.
-        state: Where the room stands.
         failure: The first cause, once Failed.
         history: The states gone through.
         parts: The parts that have an outcome.
@@ -42,6 +42,7 @@ class RoomView:
         "__weakref__",
         "_callbacks",
         "_changed",
+        "_state",
         "bytes_done",
         "data",
         "failure",
@@ -55,7 +56,7 @@ class RoomView:
         "quiescent",
         "rank",
         "room",
-        "state",
+        "side",
         "tag",
     )
 
@@ -63,8 +64,9 @@ class RoomView:
         self.room = room
         self.rank = rank
         self.tag = tag
+        self.side = ""
         self.key: RoomKey | None = None
-        self.state = KVPoll.Bootstrapping
+        self._state = KVPoll.Bootstrapping
         self.failure: Failure | None = None
         self.history: tuple[KVPoll, ...] = _FIRST
         self.parts: tuple[PartRecord, ...] = ()
@@ -77,6 +79,11 @@ class RoomView:
         self._callbacks: list[Callable[[], None]] | None = None
 
     @property
+    def state(self) -> KVPoll:
+        """Where the room stands."""
+        return self._state
+
+    @property
     def changed(self) -> threading.Condition:
         """Notified when the state, or what is known of its memory, changes. Made for the first who waits."""
         with _making:
@@ -86,6 +93,13 @@ class RoomView:
 
     def catch_up(self) -> None:
         """Wait until everything that belongs to `state` is here; it is, where the driver writes it in this order."""
+
+    def result(self) -> dict[str, Any]:
+        """A receiver's arrays; none before Success, or for a dummy rank."""
+        return dict(self.data or {})
+
+    def refresh(self) -> None:
+        """Bring `history`, `gate` and `bytes_done` up to date; they are, where the driver writes them."""
 
     def update(self, session: Session) -> None:
         """Show what the session says. Driver's thread."""
@@ -117,8 +131,8 @@ class RoomView:
 
     def show(self, state: KVPoll, *, wake: bool = False) -> None:
         """Set the state, and wake those who wait for it."""
-        wake = wake or state is not self.state
-        self.state = state
+        wake = wake or state is not self._state
+        self._state = state
         if wake:
             self.wake()
 

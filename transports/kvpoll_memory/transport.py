@@ -50,6 +50,7 @@ class MemoryTransport:
         reports_progress=True,
         integrity=False,
         cuda=False,
+        one_process=True,
     )
 
     def __init__(

@@ -1,0 +1,102 @@
+"""The mover's process: `python -m kvpoll_fsm.mover FD`, started by `client.ProcessEngine` and by nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import msgspec
+
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.carriers import load_transports
+from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.errors import KvpollError
+from kvpoll_fsm.mover import frames
+from kvpoll_fsm.mover.desk import Desk, Host, LogToHost
+from kvpoll_fsm.mover.memory import can_read
+from kvpoll_fsm.mover.pipe import Pipe
+from kvpoll_fsm.mover.settings import config_of, layout_of
+from kvpoll_fsm.mover.table import StatusTable
+
+__all__ = ["main"]
+
+SETUP_S = 30.0
+"""How long a host may take to say what the mover is for."""
+
+
+def main(fd: int) -> int:
+    """Serve one host until it closes the endpoint, or ends. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the host; what becomes of us follows from that
+        signal.signal(number, signal.SIG_IGN)
+    pipe: Pipe[frames.Command] = Pipe(socket.socket(fileno=fd), frames.Command)
+    setup = _first(pipe)
+    if setup is None:
+        return 1
+    try:
+        driver, desk = _assemble(pipe, setup)
+    except Exception as error:  # told to the host, who raises it
+        logging.getLogger("kvpoll_fsm").debug("refused", exc_info=True)
+        pipe.send([_refusal(error)], [])
+        pipe.drain(SETUP_S)
+        return 1
+    driver.run()
+    desk.finish(driver.ended or "")
+    pipe.close()
+    return 0
+
+
+def _first(pipe: Pipe[frames.Command]) -> frames.Setup | None:
+    """What the host wants, or None if it is gone."""
+    while not pipe.ended:
+        pipe.wait(SETUP_S)
+        for command in pipe.read():
+            if isinstance(command, frames.Setup):
+                return command
+    return None
+
+
+def _assemble(pipe: Pipe[frames.Command], setup: frames.Setup) -> tuple[Driver, Desk]:
+    _stand_back(setup.nice, setup.cpus)
+    sys.path += [path for path in setup.paths if path not in sys.path]
+    logger = logging.getLogger("kvpoll_fsm")
+    logger.addHandler(LogToHost(pipe))
+    logger.setLevel(setup.log_level)
+    logger.propagate = False
+    *arenas, status = pipe.fds
+    pipe.fds.clear()
+    table = StatusTable(status)
+    pool = BlockPool.shared(layout_of(setup.layout), setup.blocks, arenas)
+    host = Host(setup.host_pid, os.pidfd_open(setup.host_pid), can_read(setup.host_pid, setup.challenge, setup.nonce))
+    config = config_of(setup.config)
+    desk = Desk(pipe, table, host)
+    driver = Driver(pool, config, load_transports(config), table.sign, desk)
+    driver.open()
+    desk.serve(driver)
+    pipe.send([frames.Started(str(driver.address), str(driver.bound), host.readable)], [])
+    return driver, desk
+
+
+def _stand_back(nice: int, cpus: tuple[int, ...] | None) -> None:
+    if nice:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
+
+
+def _refusal(error: Exception) -> frames.Refused:
+    if not isinstance(error, KvpollError):
+        return frames.Refused("MoverUnavailable", [], {"problem": f"{type(error).__name__}: {error}"})
+    plain: dict[str, Any] = {}
+    for name, value in vars(error).items():
+        with contextlib.suppress(NotImplementedError, TypeError):
+            plain[name] = msgspec.to_builtins(value)
+    return frames.Refused(type(error).__name__, [str(arg) for arg in error.args], plain)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

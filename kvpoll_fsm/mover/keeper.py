@@ -1,0 +1,103 @@
+"""Bringing a mover up to where it serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from kvpoll_fsm import errors
+from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.config import Config
+from kvpoll_fsm.errors import KvpollError, MoverUnavailable
+from kvpoll_fsm.mover import frames
+from kvpoll_fsm.mover.launch import Launched, launch
+from kvpoll_fsm.mover.memory import address_of
+from kvpoll_fsm.mover.settings import plain_layout
+from kvpoll_fsm.mover.table import StatusTable
+
+__all__ = ["bring_up", "relay"]
+
+log = logging.getLogger("kvpoll_fsm")
+START_S = 30.0
+"""How long a mover may take to start."""
+NONCE_NBYTES = 16
+
+
+def bring_up(
+    pool: BlockPool, config: Config, plain: dict[str, Any], table: StatusTable
+) -> tuple[Launched, frames.Started]:
+    """Start a mover and wait until it serves.
+
+    Args:
+        pool: Whose memory it is given.
+        config: The endpoint's settings.
+        plain: Those of them that the mover needs, as plain data.
+        table: Where it is to write where rooms stand.
+
+    Raises:
+        MoverUnavailable: It cannot be started, or does not answer.
+        KvpollError: Why its driver cannot run.
+    """
+    mover = launch()
+    nonce = bytearray(os.urandom(NONCE_NBYTES))
+    fds = [os.dup(fd) for fd in (*(region.fd for region in pool.regions()), table.fd) if fd is not None]
+    try:
+        mover.pipe.send([_setup(pool, config, plain, nonce)], fds)
+        return mover, _answer(mover)
+    except BaseException:
+        mover.kill()
+        mover.end()
+        raise
+
+
+def _setup(pool: BlockPool, config: Config, plain: dict[str, Any], nonce: bytearray) -> frames.Setup:
+    return frames.Setup(
+        layout=plain_layout(pool.layout),
+        blocks=pool.blocks,
+        config=plain,
+        host_pid=os.getpid(),
+        challenge=address_of(memoryview(nonce)),
+        nonce=bytes(nonce),
+        nice=config.mover_nice,
+        cpus=config.mover_cpus,
+        paths=[path for path in sys.path if path],
+        log_level=log.getEffectiveLevel(),
+    )
+
+
+def _answer(mover: Launched) -> frames.Started:
+    ends_s = time.monotonic() + START_S
+    while time.monotonic() < ends_s:
+        mover.pipe.wait(ends_s - time.monotonic())
+        mover.pipe.flush()
+        for event in mover.pipe.read():
+            if isinstance(event, frames.Started):
+                return event
+            if isinstance(event, frames.Refused):
+                raise _error(event)
+            relay([event])
+        if mover.pipe.ended:
+            raise MoverUnavailable(f"it ended before it served: {mover.end()}; its own words are on stderr")
+    raise MoverUnavailable(f"it did not serve within {START_S:g} s")
+
+
+def _error(refused: frames.Refused) -> KvpollError:
+    """The error that the mover met, as what it is."""
+    cls = getattr(errors, refused.kind, KvpollError)
+    if cls is MoverUnavailable:
+        return MoverUnavailable(refused.fields["problem"])
+    error: KvpollError = cls.__new__(cls)
+    error.args = tuple(refused.args)
+    error.__dict__.update(refused.fields)
+    return error
+
+
+def relay(events: Iterable[frames.Event]) -> None:
+    """Log what the mover has to say."""
+    for event in events:
+        if isinstance(event, frames.Logged):
+            logging.getLogger(event.logger).log(event.level, "%s", event.text)

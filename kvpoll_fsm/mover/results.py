@@ -1,0 +1,171 @@
+"""Where the data of receivers' rooms are gathered: memory the mover fills and the host makes arrays of, uncopied."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+from kvpoll_fsm.arrays import Kind, wrap
+from kvpoll_fsm.errors import InvalidInput
+from kvpoll_fsm.layout import Layout
+from kvpoll_fsm.mover.frames import Dropped, Event, NewSegment
+from kvpoll_fsm.segment import Segment
+from kvpoll_fsm.staging import Destination
+
+__all__ = ["Held", "Results", "SharedResults"]
+
+INLINE_NBYTES = 32 << 10
+"""Results of up to so many bytes travel in the frame that tells of them."""
+KEPT_NBYTES = 256 << 20
+"""Segments whose arrays are gone are used again, which saves the first touch; at most so many bytes of them wait."""
+_ALIGNMENT = 64
+
+
+def spans(layout: Layout, total_tokens: int) -> tuple[list[tuple[int, int]], int]:
+    """(offset, bytes) of every field in one piece of memory, and the size of that."""
+    found, at = [], 0
+    for field in layout.fields:
+        nbytes = field.block_nbytes(total_tokens)
+        found.append((at, nbytes))
+        at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return found, at
+
+
+class Held:
+    """A room's data at the mover, until the host has them: in a segment, or inline. Given back if nobody takes them."""
+
+    __slots__ = ("_give_back", "inline", "segment", "total_tokens")
+
+    def __init__(
+        self, total_tokens: int, segment: int, inline: bytearray | None, give_back: Callable[[int], None]
+    ) -> None:
+        self.total_tokens = total_tokens
+        self.segment = segment
+        self.inline = inline
+        self._give_back = give_back
+
+    def take(self) -> int:
+        """The segment's number, or 0; it is the host's from now on."""
+        segment, self.segment = self.segment, 0
+        return segment
+
+    def __del__(self) -> None:
+        if self.segment:
+            self._give_back(self.segment)
+
+
+class Results:
+    """The mover's side. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # reentrant: the end of a `Held` may come in the middle of our own call
+        self._segments: dict[int, Segment] = {}
+        self._free: dict[int, list[int]] = {}
+        self._free_nbytes = 0
+        self._unsaid: list[tuple[Event, list[int]]] = []
+        self._last = 0
+
+    def destination(self, layout: Layout, total_tokens: int) -> Destination:
+        """A place for a room of so many tokens.
+
+        Raises:
+            InvalidInput: Fewer than 1 token, or more than memory can hold.
+        """
+        if total_tokens < 1:
+            raise InvalidInput(f"a room of {total_tokens} tokens")
+        places, nbytes = spans(layout, total_tokens)
+        if nbytes <= INLINE_NBYTES:
+            inline = bytearray(nbytes)
+            memory, held = memoryview(inline), Held(total_tokens, 0, inline, self.free)
+        else:
+            number = self._take(_size_class(nbytes))
+            memory, held = self._segments[number].buffer, Held(total_tokens, number, None, self.free)
+        return Destination(layout, total_tokens, [memory[at : at + n] for at, n in places], held)
+
+    def free(self, number: int) -> None:
+        """Nobody uses the segment any more."""
+        with self._lock:
+            segment = self._segments[number]
+            size = segment.buffer.nbytes
+            if self._free_nbytes + size > KEPT_NBYTES:
+                segment.close()
+                del self._segments[number]
+                self._unsaid.append((Dropped(number), []))
+            else:
+                self._free_nbytes += size
+                self._free.setdefault(size, []).append(number)
+
+    def unsaid(self) -> list[tuple[Event, list[int]]]:
+        """What the host has to hear before it hears of a room, and the descriptors that go with it."""
+        with self._lock:
+            unsaid, self._unsaid = self._unsaid, []
+        return unsaid
+
+    def _take(self, nbytes: int) -> int:
+        with self._lock:
+            if self._free.get(nbytes):
+                self._free_nbytes -= nbytes
+                return self._free[nbytes].pop()
+        try:
+            segment = Segment(nbytes)
+        except (OSError, OverflowError, MemoryError) as error:
+            raise InvalidInput(f"no memory for a result of {nbytes} bytes ({error})") from None
+        with self._lock:
+            self._last += 1
+            self._segments[self._last] = segment
+            self._unsaid.append((NewSegment(self._last, nbytes), [os.dup(cast("int", segment.fd))]))
+            return self._last
+
+
+def _size_class(nbytes: int) -> int:
+    """The next size up of those that segments have: four to each power of two, so that few fit many."""
+    step = max(64 << 10, 1 << (nbytes.bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+class SharedResults:
+    """The host's side. `add` and `drop` for one thread."""
+
+    def __init__(self, free: Callable[[int], None]) -> None:
+        """Store `free`, which is called, in any thread, with a segment that has no array any more."""
+        self._free = free
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def add(self, number: int, nbytes: int, fd: int) -> None:
+        """Map a segment; takes over `fd`."""
+        try:
+            self._mapped[number] = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+
+    def drop(self, number: int) -> None:
+        """Let go of a segment."""
+        self._mapped.pop(number, None)
+
+    def clear(self) -> None:
+        """The mover is gone; arrays that there are keep their memory."""
+        self._mapped.clear()
+
+    def buffer(self, number: int, inline: bytes) -> Any:
+        """The memory of a room's data; once nothing uses it, the segment is free."""
+        if not number:
+            return bytearray(inline)
+        segment = self._mapped[number]
+        memory = (ctypes.c_char * len(segment)).from_buffer(segment)
+        weakref.finalize(memory, self._free, number).atexit = False
+        return memory
+
+
+def arrays(layout: Layout, total_tokens: int, memory: Any, kind: Kind) -> dict[str, Any]:
+    """A room's arrays by field name, over memory that they keep alive."""
+    places, _ = spans(layout, total_tokens)
+    view = memoryview(memory).cast("B")
+    return {
+        field.name: wrap(field, view[at : at + nbytes], () if field.per_room else (total_tokens,), kind)
+        for field, (at, nbytes) in zip(layout.fields, places, strict=True)
+    }
