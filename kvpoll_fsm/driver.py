@@ -41,6 +41,7 @@ from kvpoll_fsm.requests import Requests
 from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.spi import CountsRefusals, Transport
 from kvpoll_fsm.staging import Destination, new_arrays
+from kvpoll_fsm.status import Sign
 from kvpoll_fsm.timers import Timers
 from kvpoll_fsm.view import RoomView
 from kvpoll_fsm.workers import Workers
@@ -94,7 +95,7 @@ class Driver:
         pool: BlockPool,
         config: Config,
         transports: Mapping[str, Transport],
-        sign: bytearray | memoryview,
+        sign: Sign,
         guest: Guest | None = None,
     ) -> None:
         """Store what is needed.
@@ -103,7 +104,7 @@ class Driver:
             pool: The blocks.
             config: The settings.
             transports: Not started yet, by name.
-            sign: One byte that every call of the host sets: tells a live host from a live driver.
+            sign: Set by every call of the host: tells a live host from a live driver.
             guest: Somebody who has his turn in the loop.
         """
         self.pool = pool
@@ -372,8 +373,8 @@ class Driver:
 
     def _host_alive(self) -> bool:
         now = time.monotonic()
-        if self._sign[0]:
-            self._sign[0], self._host_seen_s = 0, now
+        if self._sign.seen:
+            self._sign.seen, self._host_seen_s = False, now
         return now - self._host_seen_s < self.config.deadlines.host_alive_s
 
     # Effects

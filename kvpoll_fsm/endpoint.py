@@ -237,6 +237,7 @@ class Endpoint:
         resume: str = "drain",
         blocks: Iterable[SupportsIndex] | None = None,
         dummy: bool = False,
+        window: int = 1,
         tag: str = "",
     ) -> Receiver:
         """Open one receiver rank of a room: grants blocks and, by default, resumes by itself.
@@ -244,8 +245,8 @@ class Endpoint:
         Args:
             room: As the sender's.
             peer: The sender's `str(endpoint.address)`.
-            tokens: Size of one grant; larger data comes in several parts. Default 8 blocks, or the whole pool
-                if that is less.
+            tokens: Size of one grant; larger data comes in several parts. Default 8 blocks, or what the pool
+                holds, if that is less.
             rank: This receiver's rank, 0 to `ranks - 1`.
             ranks: How many receiver ranks the room has.
             resume: What makes room for the next part: "drain" copies the part out and uses the same blocks
@@ -253,11 +254,13 @@ class Endpoint:
                 `resume(blocks)`.
             blocks: Blocks of the engine's own for part 0 (`BlockPool.adopt`, with resume="manual").
             dummy: A rank that counts but holds no data.
+            window: 2, with "drain": while a part is copied out, the next is received into as many blocks again,
+                if so many are free.
             tag: The host's own name for the room, for logs.
 
         Raises:
             DuplicateRoom: This rank is open here and was not cleared; the open one is not affected.
-            RequestTooLarge: More tokens than the pool holds in all.
+            RequestTooLarge: More tokens than the pool holds in all, or with window=2 than half of it holds.
             ForeignBlock: Blocks that the pool does not have, or that are in use.
             AddressError: A peer address that cannot be read or reached.
             InvalidInput: Anything else that cannot work.
@@ -266,8 +269,11 @@ class Endpoint:
         ranks = plain_integer("ranks", ranks, 1, MAX_RANKS)
         rank = plain_integer("rank", rank, 0, ranks - 1)
         address = Address.parse(peer).require_reachable()
-        chosen, count = self._grant_size(tokens, resume, blocks, dummy)
-        order = ReceiverOrder(address, ranks, count, resume, chosen)
+        window = plain_integer("window", window, 1, 2)
+        if window == 2 and (resume != "drain" or dummy):
+            raise InvalidInput("window=2 goes with resume='drain', and a dummy rank has no use for it")
+        chosen, count = self._grant_size(tokens, resume, blocks, dummy, window)
+        order = ReceiverOrder(address, ranks, count, resume, chosen, window)
         engine = self.engine
         check_peer(self.config.keys, address)
         handle = Receiver(self, engine, engine.view(room, rank, tag), manual=resume == "manual")
@@ -378,11 +384,11 @@ class Endpoint:
 
     def _ask(self, question: Question) -> Any:
         engine = self.engine
-        engine.sign[0] = 1
+        engine.sign.seen = True
         return engine.ask(question)
 
     def _grant_size(
-        self, tokens: int | None, resume: str, blocks: Iterable[SupportsIndex] | None, dummy: bool
+        self, tokens: int | None, resume: str, blocks: Iterable[SupportsIndex] | None, dummy: bool, window: int
     ) -> tuple[tuple[int, ...], int]:
         """The blocks the engine chose, and how many blocks one grant has (0 for a dummy rank)."""
         if resume not in ("drain", "extend", "manual"):
@@ -394,12 +400,13 @@ class Endpoint:
         if blocks is not None:
             chosen = plain_block_ids(self.pool, blocks, at_least=1)
             return chosen, len(chosen)
+        most = min(self.pool.blocks // window, MAX_BLOCKS_PER_GRANT)
         if tokens is None:
-            return (), min(8, self.pool.blocks)
-        count = self.pool.layout.blocks_for(plain_integer("tokens", tokens, 1, MAX_ROOM))
-        most = min(self.pool.blocks, MAX_BLOCKS_PER_GRANT)
+            count = max(1, min(8, most))
+        else:
+            count = self.pool.layout.blocks_for(plain_integer("tokens", tokens, 1, MAX_ROOM))
         if count > most:
-            raise RequestTooLarge(count, most)
+            raise RequestTooLarge(count * window, min(self.pool.blocks, MAX_BLOCKS_PER_GRANT * window))
         return (), count
 
 

@@ -16,6 +16,7 @@ from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.status import Places, Sign, StatusTable
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["CALL_S", "Engine", "Question", "ThreadEngine"]
@@ -32,12 +33,12 @@ class Engine(Protocol):
     Attributes:
         forked: This is a forked child's copy, in which nothing runs.
         pid: The process that owns it.
-        sign: One byte, set to 1 by every call of the host: tells a live host from a live driver.
+        sign: Set by every call of the host: tells a live host from a live driver.
     """
 
     forked: bool
     pid: int
-    sign: bytearray | memoryview
+    sign: Sign
 
     @property
     def ended(self) -> str | None:
@@ -112,7 +113,8 @@ class ThreadEngine:
         """
         self.forked = False
         self.pid = os.getpid()
-        self.sign: bytearray | memoryview = bytearray(1)
+        self.sign = Sign()
+        self._table, self._places = StatusTable(None), Places()
         self.driver = Driver(pool, config, load_transports(config), self.sign)
 
     @property
@@ -131,10 +133,11 @@ class ThreadEngine:
     def after_fork(self) -> None:
         """The thread has not come along."""
         self.forked = True
+        self._table.after_fork()
 
     def view(self, room: int, rank: int, tag: str) -> RoomView:
         """Written by the driver's thread."""
-        return RoomView(room, rank, tag)
+        return RoomView(self._table, self._places, room, rank, tag)
 
     def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
         """Soon."""

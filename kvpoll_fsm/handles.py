@@ -18,6 +18,7 @@ from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import PartRecord
 from kvpoll_fsm.staging import Source
+from kvpoll_fsm.status import STATES
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Receiver", "Sender"]
@@ -75,13 +76,16 @@ class Owner(Protocol):
 class Room:
     """One side of a room. All methods may be called from any thread; none but `wait` and `result` waits."""
 
-    __slots__ = ("__weakref__", "_engine", "_owner", "view")
+    __slots__ = ("__weakref__", "_engine", "_number", "_owner", "_sign", "_states", "view")
 
     side = ""
 
     def __init__(self, owner: Owner, engine: Engine, view: RoomView) -> None:
         self._owner = owner
         self._engine = engine
+        self._sign = engine.sign
+        self._states = view.table.states
+        self._number = view.number
         self.view = view
 
     @property
@@ -95,16 +99,16 @@ class Room:
         return self.view.rank
 
     def poll(self) -> KVPoll:
-        """Where the room stands. Reads one attribute; never waits, never raises for a failed room.
+        """Where the room stands. Reads one byte of memory; never waits, never raises for a failed room.
 
         Raises:
             ForkedError: In a forked child of the process that made the handle.
         """
-        engine = self._engine
-        if engine.forked:
-            raise ForkedError(engine.pid, os.getpid())
-        engine.sign[0] = 1
-        return self.view.state
+        self._sign.seen = True
+        try:
+            return STATES[self._states[self._number]]
+        except ValueError:  # it was closed when this process was forked
+            raise ForkedError(self._engine.pid, os.getpid()) from None
 
     def wait(self, timeout: float | None = None) -> KVPoll:
         """Wait until the room has ended, at most `timeout` seconds, and return its state then."""

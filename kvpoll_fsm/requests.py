@@ -142,6 +142,7 @@ class Requests:
             driver.pool.layout.block_tokens,
             order.resume,
             order.exact,
+            order.window,
         )
         return driver.core.open_receiver(view.room, view.rank, options)
 

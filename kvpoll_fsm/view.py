@@ -15,6 +15,7 @@ from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import PartRecord, RoomKey, Session
+from kvpoll_fsm.status import Places, StatusTable
 
 __all__ = ["RoomView"]
 
@@ -32,6 +33,8 @@ class RoomView:
         gate: What the room waits for.
         gate_since_s: Monotonic time since which it has waited there, for this part.
         bytes_done: Bytes that have landed.
+        table: Where the state is written for `poll()`.
+        number: The room's place in the table.
         quiescent: No write can land or read its source any more.
         over: Nothing will happen to the room any more: it is forgotten, or its endpoint has ended.
         data: A receiver's arrays, once Success.
@@ -42,6 +45,7 @@ class RoomView:
         "__weakref__",
         "_callbacks",
         "_changed",
+        "_places",
         "_state",
         "bytes_done",
         "data",
@@ -50,6 +54,7 @@ class RoomView:
         "gate_since_s",
         "history",
         "key",
+        "number",
         "opened_s",
         "over",
         "parts",
@@ -57,10 +62,28 @@ class RoomView:
         "rank",
         "room",
         "side",
+        "table",
         "tag",
     )
 
-    def __init__(self, room: int, rank: int, tag: str) -> None:
+    def __init__(self, table: StatusTable, places: Places | int, room: int, rank: int, tag: str) -> None:
+        """Take a place in the table, which is given back when nobody uses the view any more.
+
+        Args:
+            table: Where the state is written.
+            places: Where to take a number from; or the number, if another process has taken it.
+            room: The room's number.
+            rank: The receiver's rank, 0 for a sender.
+            tag: The host's own name for the room.
+
+        Raises:
+            LimitReached: There is no place left.
+        """
+        self._places = None if isinstance(places, int) else places
+        self.number = places if isinstance(places, int) else places.take()
+        self.table = table
+        if not isinstance(places, int):
+            table.begin(self.number)
         self.room = room
         self.rank = rank
         self.tag = tag
@@ -133,6 +156,7 @@ class RoomView:
         """Set the state, and wake those who wait for it."""
         wake = wake or state is not self._state
         self._state = state
+        self.table.states[self.number] |= 1 << state
         if wake:
             self.wake()
 
@@ -148,6 +172,11 @@ class RoomView:
                 self._callbacks = None
         for callback in callbacks or ():
             callback()
+
+    def __del__(self) -> None:
+        places = getattr(self, "_places", None)  # unset if there was no place left
+        if places is not None:
+            places.give_back(self.number)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until `condition` holds; False if the time passed first."""

@@ -7,6 +7,7 @@ from kvpoll_fsm.inputs import AbortRoom, Start
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions, SenderSession
 from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.status import Places, StatusTable
 from kvpoll_fsm.view import RoomView
 from tests.helpers import SOON_S
 
@@ -14,7 +15,7 @@ CAUSE = Failure.of(FailureCode.Aborted, "because", state=KVPoll.Bootstrapping)
 
 
 def view() -> RoomView:
-    return RoomView(7, 0, "tag")
+    return RoomView(StatusTable(None), Places(), 7, 0, "tag")
 
 
 def session() -> SenderSession:

@@ -4,7 +4,7 @@
     Endpoint, handles                                   Driver, core, transports
       client.ProcessEngine  -- frames.Command -->         desk.Desk
                             <-- frames.Event  --
-      views.HostView  <-- table.StatusTable (one byte per room) --  views.MoverView
+      views.HostView  <-- status.StatusTable (one byte per room) --  views.MoverView
       arenas (memfd)  <-------------- mapped by both ------------->  arenas
 
 Nothing waits for the other side: what a socket does not take is kept and sent later, and `poll()` reads shared

@@ -21,7 +21,7 @@ from kvpoll_fsm.mover.desk import Desk, Host, LogToHost
 from kvpoll_fsm.mover.memory import can_read
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.settings import config_of, layout_of
-from kvpoll_fsm.mover.table import StatusTable
+from kvpoll_fsm.status import Sign, StatusTable
 
 __all__ = ["main"]
 
@@ -73,8 +73,9 @@ def _assemble(pipe: Pipe[frames.Command], setup: frames.Setup) -> tuple[Driver, 
     pool = BlockPool.shared(layout_of(setup.layout), setup.blocks, arenas)
     host = Host(setup.host_pid, os.pidfd_open(setup.host_pid), can_read(setup.host_pid, setup.challenge, setup.nonce))
     config = config_of(setup.config)
-    desk = Desk(pipe, table, host)
-    driver = Driver(pool, config, load_transports(config), table.sign, desk)
+    sign = Sign()
+    desk = Desk(pipe, table, host, sign)
+    driver = Driver(pool, config, load_transports(config), sign, desk)
     driver.open()
     desk.serve(driver)
     pipe.send([frames.Started(str(driver.address), str(driver.bound), host.readable)], [])

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
@@ -25,19 +24,19 @@ from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.display import log_end
 from kvpoll_fsm.engine import CALL_S, Question
-from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, InvalidInput, KvpollError, LimitReached
+from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, InvalidInput, KvpollError
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.keeper import bring_up, relay
 from kvpoll_fsm.mover.launch import Launched
 from kvpoll_fsm.mover.results import SharedResults
 from kvpoll_fsm.mover.settings import plain_config
-from kvpoll_fsm.mover.table import ROOMS, StatusTable
 from kvpoll_fsm.mover.views import HostView
 from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.staging import Source, stage
+from kvpoll_fsm.status import Places, Sign, StatusTable
 from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
@@ -47,6 +46,8 @@ log = logging.getLogger("kvpoll_fsm")
 
 CLOSE_S = 15.0
 """How long a mover may take to close the endpoint: longer than all that it waits for."""
+SIGN_S = 0.5
+"""How often the mover is told, at least, that the host has called."""
 PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Before a lost mover is replaced, each time. If so many in a row are lost or cannot start, the endpoint has ended."""
 SETTLED_S = 10.0
@@ -67,7 +68,7 @@ class ProcessEngine:
     Attributes:
         forked: This is a forked child's copy.
         pid: The host.
-        sign: One byte in the table that tells the mover that the host lives.
+        sign: Set by every call of the host; the mover hears of it.
         mover: The mover's process; None while it is being replaced, and at the end. For tools and tests.
     """
 
@@ -86,8 +87,8 @@ class ProcessEngine:
         self._views: dict[int, HostView] = {}
         self._asked: dict[int, tuple[Question, Future[Any]]] = {}
         self._pending: list[frames.Command] = []
-        self._unused: deque[int] = deque()
-        self._numbers, self._asks = itertools.count(1), itertools.count(1)
+        self.sign = Sign()
+        self._places, self._asks = Places(), itertools.count(1)
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._ended: str | None = None
         self._closing = threading.Event()
@@ -104,9 +105,8 @@ class ProcessEngine:
         """Start a mover, and wait until it serves. Raises what `bring_up` does, and BlockError."""
         self._pool.claim()
         try:
-            self._table = StatusTable()
-            self.sign: bytearray | memoryview = self._table.sign
-            self.sign[0] = 1
+            self._table = StatusTable.shared()
+            self._table.sign[0] = 1
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             address = self._bring_up()
         except BaseException:
@@ -144,24 +144,15 @@ class ProcessEngine:
     def after_fork(self) -> None:
         """This is a forked child: nothing runs here, and its parent's end must show at the mover."""
         self.forked = True
+        self._table.after_fork()
         if self.mover is not None:
             self.mover.after_fork()
 
     # Rooms
 
     def view(self, room: int, rank: int, tag: str) -> HostView:
-        """A view with a place of its own in the table.
-
-        Raises:
-            LimitReached: There are as many as there can be.
-        """
-        try:
-            number = self._unused.popleft()
-        except IndexError:
-            number = next(self._numbers)
-        if number >= ROOMS:
-            raise LimitReached("rooms", ROOMS - 1)
-        return HostView(self._table, number, self._unused.append, room, rank, tag)
+        """Written by the mover, through the table, and by the listener."""
+        return HostView(self._table, self._places, room, rank, tag)
 
     def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
         """Soon."""
@@ -277,8 +268,9 @@ class ProcessEngine:
             return "it was never there"
         try:
             while not mover.pipe.ended:
-                mover.pipe.wait(None, self._wake)
+                mover.pipe.wait(SIGN_S, self._wake)
                 _quiet(self._wake)
+                self._give_sign()
                 mover.pipe.flush()
                 for event in mover.pipe.read():
                     self._ways[type(event)](event)
@@ -290,6 +282,11 @@ class ProcessEngine:
                 self.mover = None
             how = mover.end()
         return how
+
+    def _give_sign(self) -> None:
+        """Let the mover know that the host has called lately."""
+        if self.sign.seen:
+            self.sign.seen, self._table.sign[0] = False, 1
 
     def _replace(self, how: str, failures: int) -> int:
         """A mover was lost: fail its rooms, and start another; returns how many have failed in a row."""

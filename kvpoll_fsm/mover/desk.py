@@ -22,12 +22,12 @@ from kvpoll_fsm.mover.frames import Command, Event
 from kvpoll_fsm.mover.memory import HostSource
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.results import Held, Results
-from kvpoll_fsm.mover.table import StatusTable
 from kvpoll_fsm.mover.views import MoverView
 from kvpoll_fsm.outgoing import RoomSource, StagedElsewhere
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.staging import Destination
+from kvpoll_fsm.status import Sign, StatusTable
 
 __all__ = ["Desk", "Host", "LogToHost"]
 
@@ -53,17 +53,19 @@ class Host:
 class Desk:
     """A guest of the driver's loop."""
 
-    def __init__(self, pipe: Pipe[Command], table: StatusTable, host: Host) -> None:
+    def __init__(self, pipe: Pipe[Command], table: StatusTable, host: Host, sign: Sign) -> None:
         """Store what is needed.
 
         Args:
             pipe: To the host.
             table: Where rooms stand.
             host: The host's process.
+            sign: Set when the host has called lately.
         """
         self._pipe = pipe
         self._table = table
         self._host = host
+        self._sign = sign
         self._views: dict[int, MoverView] = {}
         self._changed: dict[int, MoverView] = {}
         self._results = Results()
@@ -96,6 +98,8 @@ class Desk:
 
     def take_turn(self, readable: set[int]) -> None:
         """Carry out what the host has sent. A host that is gone has nothing more to say: the endpoint ends."""
+        if self._table.sign[0]:
+            self._table.sign[0], self._sign.seen = 0, True
         if self._gone:
             return
         for command in self._pipe.read() if self._pipe.fileno() in readable else ():
@@ -193,12 +197,12 @@ class Desk:
     def _tell(self, views: list[MoverView]) -> None:
         changes: list[Event] = [self._change(view) for view in views]
         segments = self._results.unsaid()
-        final = [view for view in views if view.state.is_terminal]
+        rows = [(view, view.state, view.parts_told) for view in views]
         fds = [fd for _, fds in segments for fd in fds]
 
         def sent() -> None:
-            for view in final:
-                view.write_state()
+            for view, state, parts in rows:
+                view.write(state, parts)
 
         self._pipe.send([*(event for event, _ in segments), *changes], fds, sent)
 

@@ -17,7 +17,7 @@ from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.launch import Launched, launch
 from kvpoll_fsm.mover.memory import address_of
 from kvpoll_fsm.mover.settings import plain_layout
-from kvpoll_fsm.mover.table import StatusTable
+from kvpoll_fsm.status import StatusTable
 
 __all__ = ["bring_up", "relay"]
 

@@ -54,7 +54,7 @@ class Launched:
 
     def after_fork(self) -> None:
         """This is a forked child: the mover is the parent's, whose end must show on the pipe."""
-        self.pipe.close()
+        self.pipe.abandon()
         self._process.returncode = 0  # nothing to wait for here
 
 

@@ -148,8 +148,13 @@ class Pipe(Generic[M]):
             poll.poll(100)
 
     def close(self) -> None:
-        """Close the socket, and descriptors nobody has taken. May be called twice."""
-        self._forget()
+        """Close the socket, and descriptors nobody has taken. Not in a signal handler. May be called twice."""
+        with self._flushing:
+            self._forget()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close what a forked child has of it; who held a lock at the fork does not come along."""
         self._socket.close()
         while self.fds:
             os.close(self.fds.popleft())
