@@ -65,15 +65,12 @@ class StatusTable:
             OSError: There is no memory for it.
         """
         self.fd = fd
-        if fd is None:
-            self.states, rest = mmap.mmap(-1, ROOMS), mmap.mmap(-1, _REST_NBYTES)
-        else:
-            self.states, rest = mmap.mmap(fd, ROOMS), mmap.mmap(fd, _REST_NBYTES, offset=ROOMS)
-        memory = memoryview(rest)
-        self.sign = memory[:1]
-        self.gates = memory[_HEAD : _HEAD + ROOMS]
-        self.parts = memory[_HEAD + ROOMS : _HEAD + 5 * ROOMS].cast("I")
-        self.bytes_done = memory[_HEAD + 5 * ROOMS :].cast("Q")
+        self.states = mmap.mmap(-1 if fd is None else fd, _NBYTES)
+        with memoryview(self.states) as memory:
+            self.sign = memory[ROOMS : ROOMS + 1]
+            self.gates = memory[ROOMS + _HEAD : 2 * ROOMS + _HEAD]
+            with memory[2 * ROOMS + _HEAD : 6 * ROOMS + _HEAD] as parts, memory[6 * ROOMS + _HEAD :] as bytes_done:
+                self.parts, self.bytes_done = parts.cast("I"), bytes_done.cast("Q")
 
     @classmethod
     def shared(cls) -> StatusTable:
@@ -82,7 +79,7 @@ class StatusTable:
         Raises:
             OSError: There is no memory for it, or no memfd on this system.
         """
-        return cls(new_memfd("kvpoll-status", ROOMS + _REST_NBYTES))
+        return cls(new_memfd("kvpoll-status", _NBYTES))
 
     def begin(self, number: int) -> None:
         """A room takes the place of this number."""
@@ -91,6 +88,13 @@ class StatusTable:
 
     def after_fork(self) -> None:
         """This is a forked child: whoever asks for a room's state gets a ValueError."""
+        self.discard()
+
+    def discard(self) -> None:
+        """Let go of the memory; nobody can read it any more."""
+        self.close()
+        for view in (self.sign, self.gates, self.parts, self.bytes_done):
+            view.release()
         self.states.close()
 
     def close(self) -> None:
@@ -101,7 +105,7 @@ class StatusTable:
 
 
 _HEAD = 64
-_REST_NBYTES = _HEAD + 13 * ROOMS
+_NBYTES = _HEAD + 14 * ROOMS
 
 
 class Places:

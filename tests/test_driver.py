@@ -49,12 +49,12 @@ W, S = KVPoll.WaitingForInput, KVPoll.Success
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """No thread and no open file is left of what happens inside, but the memory of pools, which is theirs."""
+    """No thread and no open file is left of what happens inside, but what pools and rooms have in memory."""
     gc.collect()
     threads, fds = set(threading.enumerate()), open_fds()
     yield
     assert set(threading.enumerate()) <= threads
-    assert {fd for fd in open_fds() - fds if "kvpoll-arena" not in fd} == set()
+    assert {fd for fd in open_fds() - fds if "kvpoll-" not in fd} == set()
 
 
 # Start and end

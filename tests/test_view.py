@@ -80,7 +80,7 @@ def test_wakes_those_who_wait() -> None:
 def test_wakes_those_who_wait_for_quiescence_only() -> None:
     seen, told = view(), session()
     told.feed(AbortRoom("because"))
-    seen.state = KVPoll.Failed  # as seen before, when a write could land still
+    seen._state = KVPoll.Failed  # as seen before, when a write could land still
     ended: list[bool] = []
     waiting = threading.Thread(
         target=lambda: ended.append(seen.wait_until(lambda: seen.quiescent, SOON_S)), daemon=True

@@ -111,6 +111,8 @@ class ProcessEngine:
             address = self._bring_up()
         except BaseException:
             self._give_back()
+            if hasattr(self, "_table"):
+                self._table.discard()
             raise
         self._ways: dict[type, Callable[[Any], None]] = {
             frames.Changed: self._changed,
