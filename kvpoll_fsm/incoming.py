@@ -120,11 +120,13 @@ class Incoming:
             key,
             lambda: self._check(command.held, command.checksum),
             lambda problem: Verified(command.held.part, problem),
+            command.held,
         )
 
     def copy_out(self, key: RoomKey, command: CopyOut) -> None:
         """Check and copy landed parts into the room's own arrays."""
-        self._work(key, lambda: self._copy(key, command), lambda problem: CopiedOut(command.parts[-1].part, problem))
+        last = command.parts[-1]
+        self._work(key, lambda: self._copy(key, command), lambda problem: CopiedOut(last.part, problem), *command.parts)
 
     def take_result(self, key: RoomKey) -> Any:
         """What a room that ended Success has brought, given out once; None where the engine owns the blocks."""
@@ -157,14 +159,18 @@ class Incoming:
             ranges += [Range(number, block * size, size) for block in chosen]
         return ranges
 
-    def _work(self, key: RoomKey, work: Callable[[], object], answer: Callable[[Problem | None], Input]) -> None:
-        """Have it done by a worker and feed the answer, which comes once, whatever happens."""
+    def _work(
+        self, key: RoomKey, work: Callable[[], object], answer: Callable[[Problem | None], Input], *parts: HeldPart
+    ) -> None:
+        """Have it done, which concerns these parts, and feed the answer, which comes once, whatever happens."""
 
         def done(result: object) -> None:
             self._feed(key, answer(_problem(result)))
 
         try:
-            self._submit(key, work, done)
+            layout = self._pool.layout
+            nbytes = sum(layout.part_nbytes(held.tokens, first=held.part == 0) for held in parts)
+            self._submit(key, work, done, nbytes)
         except Exception as error:  # no worker will answer
             done(error)
 

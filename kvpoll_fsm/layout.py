@@ -136,6 +136,15 @@ class Layout:
         """The fields with one value per token."""
         return tuple(field for field in self.fields if not field.per_room)
 
+    def part_nbytes(self, tokens: int, *, first: bool) -> int:
+        """Bytes of a part; those of the per-room fields are in part 0."""
+        return self.token_nbytes * tokens + (self.room_nbytes if first else 0)
+
+    @property
+    def room_nbytes(self) -> int:
+        """Bytes of all per-room fields together."""
+        return sum(field.slot_nbytes for field in self.fields if field.per_room)
+
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token over all token fields."""

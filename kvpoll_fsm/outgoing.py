@@ -26,8 +26,11 @@ from kvpoll_fsm.staging import TokenSource, checksum_runs, stage
 __all__ = ["EngineBlocks", "Outgoing", "RoomSource", "StagedElsewhere", "Submit"]
 
 log = logging.getLogger("kvpoll_fsm")
-Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None]], None]
-"""For a room, run the first on a worker and give its result or exception to the second on the driver's thread."""
+Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int], None]
+"""For a room, do the first and give its result or exception to the second on the driver's thread.
+
+A worker does it, unless it concerns very few bytes: the number comes last.
+"""
 
 Runs = list[tuple[int, int]]
 
@@ -166,8 +169,11 @@ class Outgoing:
         """The data are in our blocks, or a worker can bring them there."""
         if error is not None:
             return self._prepared(key, command, error)
+        nbytes = self._pool.layout.part_nbytes(command.tokens, first=command.part == 0)
         try:
-            self._submit(key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result))
+            self._submit(
+                key, lambda: self._prepare(key, command), lambda result: self._prepared(key, command, result), nbytes
+            )
         except Exception as error:  # no worker will answer
             self._prepared(key, command, error)
 

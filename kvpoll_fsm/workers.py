@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Workers", "own_clock"]
+__all__ = ["Then", "Work", "Workers", "own_clock"]
 
 log = logging.getLogger("kvpoll_fsm")
 HUNG_S = 2.0

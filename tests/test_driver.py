@@ -121,6 +121,7 @@ def test_close_with_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None
     go_on = threading.Event()
     monkeypatch.setattr(kvpoll_fsm.outgoing, "stage", lambda *_: go_on.wait())
     monkeypatch.setattr("kvpoll_fsm.workers.HUNG_S", 0.1)
+    monkeypatch.setattr("kvpoll_fsm.jobs.SMALL_NBYTES", 0)
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
         sender.send(make_data(64))
@@ -667,8 +668,11 @@ def test_a_pool_serves_one_endpoint_at_a_time() -> None:
 
 @pytest.mark.parametrize("side", ["tx", "rx"])
 @pytest.mark.parametrize("work", ["busy", "hung"])
-def test_pain_09_waiting_for_a_busy_worker_is_no_standstill_and_for_a_hung_one_it_is(side: str, work: str) -> None:
+def test_pain_09_waiting_for_a_busy_worker_is_no_standstill_and_for_a_hung_one_it_is(
+    side: str, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Staging at the sender and copying at the receiver wait their turn; both sides know."""
+    monkeypatch.setattr("kvpoll_fsm.jobs.SMALL_NBYTES", 0)
     brisk = deadlines(stall_s=0.8)
     over = threading.Event()
 
@@ -683,7 +687,7 @@ def test_pain_09_waiting_for_a_busy_worker_is_no_standstill_and_for_a_hung_one_i
         hog = lambda: (begun.set(), toil() if work == "busy" else over.wait(SOON_S))  # noqa: E731
         sender, receiver = open_pair(tx, rx, 1)
         until(lambda: receiver.poll() is W)
-        on_driver(late, lambda: late.driver._jobs.submit(key, hog, lambda result: None))
+        on_driver(late, lambda: late.driver._jobs.submit(key, hog, lambda result: None, 1))
         assert begun.wait(SOON_S)
         sender.send(make_data(64))
         if work == "busy":

@@ -63,7 +63,7 @@ class Bench:
             self.pool, by_name, self._submit, lambda key, event: self.fed.append((key, event)), self._give_up, _numpy
         )
 
-    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
+    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None], nbytes: int) -> None:
         try:
             result = work()
         except Exception as error:
@@ -266,7 +266,7 @@ def test_what_does_not_agree_is_not_copied(bench: Bench) -> None:
 def test_work_that_no_worker_takes_is_answered(bench: Bench, error: BaseException) -> None:
     """As is what a worker that is shot leaves behind."""
 
-    def submit(key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
+    def submit(key: RoomKey, work: Callable[[], object], then: Callable[[object], None], nbytes: int) -> None:
         if isinstance(error, SystemExit):
             return then(error)
         raise error

@@ -6,7 +6,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from kvpoll_fsm.jobs import Jobs
+from kvpoll_fsm.jobs import SMALL_NBYTES, Jobs
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.workers import Workers
 from tests.helpers import until
@@ -42,7 +42,7 @@ class Bench:
         self.jobs = Jobs(self.workers, lambda key, action: self.answers.append((key, action)))  # type: ignore[arg-type]
 
     def submit(self, key: RoomKey, result: object = None) -> None:
-        self.jobs.submit(key, lambda: result, self.results.append)
+        self.jobs.submit(key, lambda: result, self.results.append, SMALL_NBYTES + 1)
 
     def begin(self, clock: int) -> object:
         """The thread with that clock takes the next work and is at it."""
@@ -121,11 +121,11 @@ def test_real_threads() -> None:
         while not go_on.is_set():
             sum(range(1000))
 
-    jobs.submit(ONE, hang, lambda result: None)
+    jobs.submit(ONE, hang, lambda result: None, SMALL_NBYTES + 1)
     assert reached.wait(WAIT_S)
     until(lambda: not jobs.moving(), "it hangs")
-    jobs.submit(TWO, toil, lambda result: None)
-    jobs.submit(THREE, hang, lambda result: None)  # behind the two
+    jobs.submit(TWO, toil, lambda result: None, SMALL_NBYTES + 1)
+    jobs.submit(THREE, hang, lambda result: None, SMALL_NBYTES + 1)  # behind the two
     seen: set[RoomKey] = set()
     until(lambda: (seen.update(found := jobs.moving()), found >= {TWO, THREE})[1], "the busy one, and who waits for it")
     assert ONE not in seen
@@ -134,3 +134,31 @@ def test_real_threads() -> None:
         answers.get(timeout=WAIT_S)()
     assert jobs.moving() == frozenset()
     workers.close()
+
+
+def test_a_little_work_is_done_at_once(bench: Bench) -> None:
+    bench.jobs.submit(ONE, lambda: "small", bench.results.append, SMALL_NBYTES)
+    assert bench.results == ["small"]
+    assert not bench.workers.given
+
+
+def test_a_little_work_does_not_overtake_more_of_its_room(bench: Bench) -> None:
+    bench.submit(ONE, "large")
+    bench.jobs.submit(ONE, lambda: "small", bench.results.append, 1)
+    bench.jobs.submit(TWO, lambda: "of another room", bench.results.append, 1)
+    assert bench.results == ["of another room"]
+    bench.end()
+    bench.end()
+    for _, action in bench.answers:
+        action()
+    assert bench.results == ["of another room", "large", "small"]
+
+
+def test_what_a_little_work_raises_is_its_result(bench: Bench) -> None:
+    error = RuntimeError("native crash")
+
+    def work() -> object:
+        raise error
+
+    bench.jobs.submit(ONE, work, bench.results.append, 1)
+    assert bench.results == [error]

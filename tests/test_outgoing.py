@@ -96,7 +96,7 @@ class Bench:
             self.links.reach(CONN, self.peers[CONN].offers["fake"], "fake", lambda ok, why: None)
             self.links.completed("fake", LinkUp(0))
 
-    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None]) -> None:
+    def _submit(self, key: RoomKey, work: Callable[[], object], then: Callable[[object], None], nbytes: int) -> None:
         if self.later is not None:
             return self.later.append((work, then))
         try:
