@@ -339,7 +339,8 @@ def look(frame, event, arg):
 layout = Layout(block_tokens=128, fields=[Field("x", "float32", (64,))])
 threading.setprofile(look)
 pools = BlockPool(layout, blocks=8), BlockPool(layout, blocks=8)
-with Endpoint(pool=pools[0], transports="tcp") as tx, Endpoint(pool=pools[1], transports="tcp") as rx:
+here = {"transports": "tcp", "isolation": "thread"}
+with Endpoint(pool=pools[0], **here) as tx, Endpoint(pool=pools[1], **here) as rx:
     sender = tx.sender(room=42, required_ranks=1)
     receiver = rx.receiver(room=42, peer=str(tx.address), tokens=1024)
     with sender.view.changed:

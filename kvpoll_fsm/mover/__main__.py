@@ -63,10 +63,7 @@ def _first(pipe: Pipe[frames.Command]) -> frames.Setup | None:
 def _assemble(pipe: Pipe[frames.Command], setup: frames.Setup) -> tuple[Driver, Desk]:
     _stand_back(setup.nice, setup.cpus)
     sys.path += [path for path in setup.paths if path not in sys.path]
-    logger = logging.getLogger("kvpoll_fsm")
-    logger.addHandler(LogToHost(pipe))
-    logger.setLevel(setup.log_level)
-    logger.propagate = False
+    logging.basicConfig(handlers=[LogToHost(pipe)], level=setup.log_level, format="%(message)s")
     *arenas, status = pipe.fds
     pipe.fds.clear()
     table = StatusTable(status)
