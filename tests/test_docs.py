@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -179,14 +181,12 @@ def resolve(name: str) -> Any:
         LookupError: Nothing.
     """
     first, *rest = name.split(".")
-    for found in (lambda: importlib.import_module(f"kvpoll_fsm.{first}"), lambda: getattr(kvpoll_fsm, first)):
+    if hasattr(kvpoll_fsm, first):
+        with contextlib.suppress(AttributeError):
+            return follow(getattr(kvpoll_fsm, first), rest)
+    for home, cut in itertools.product(("kvpoll_fsm.", ""), range(len(rest), -1, -1)):
         try:
-            return follow(found(), rest)
-        except (ImportError, AttributeError):
-            continue
-    for cut in range(len(rest), -1, -1):
-        try:
-            return follow(importlib.import_module(".".join([first, *rest[:cut]])), rest[cut:])
+            return follow(importlib.import_module(home + ".".join([first, *rest[:cut]])), rest[cut:])
         except (ImportError, AttributeError):
             continue
     raise LookupError(name)
