@@ -11,7 +11,7 @@ from kvpoll_fsm.config import Config
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.errors import TransportUnavailable
 from kvpoll_fsm.messages import TransportOffer
-from kvpoll_fsm.spi import Completion, Transport
+from kvpoll_fsm.spi import Completion, Gathers, Transport
 
 __all__ = ["Carriers", "load_transports"]
 
@@ -34,6 +34,7 @@ class Carriers:
         self.unsafe = False
         self._control = control
         self._watched: dict[str, int] = {}
+        self._gathering: dict[str, Gathers] = {}
         self._lost: Callable[[str, str], None] = lambda name, why: None
 
     @property
@@ -64,6 +65,7 @@ class Carriers:
     def watch(self, lost: Callable[[str, str], None]) -> None:
         """Wake the driver when there is news, and call `lost` with (name, why) when a transport was given up."""
         self._lost = lost
+        self._gathering = {name: each for name, each in self.live.items() if isinstance(each, Gathers)}
         for name, transport in self.live.items():
             fd = transport.fileno()
             if fd is not None:
@@ -80,6 +82,15 @@ class Carriers:
                 continue
             for completion in completions:
                 yield name, completion
+
+    def flush(self) -> None:
+        """Let those that gather writes send them."""
+        for name, transport in self._gathering.items():
+            if name in self.live:
+                try:
+                    transport.flush()
+                except Exception as error:  # a transport's own code may raise anything
+                    self.give_up(name, error)
 
     def give_up(self, name: str, error: Exception) -> None:
         """Close a transport that broke. What is closed writes no byte and reads none: that ends all it was to do."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvpoll_fsm.errors import ChannelOverflow
 from kvpoll_fsm.messages import (
+    MAX_HEARD_PER_FRAME,
     MAX_MESSAGES_PER_FRAME,
     MAX_SENT_NBYTES,
     Beat,
@@ -41,7 +42,19 @@ class Channel:
         owes_ack: Something arrived that no frame has acknowledged yet.
     """
 
-    __slots__ = ("acked", "limit", "outgoing", "owes_ack", "received", "sent", "source", "target", "unacked")
+    __slots__ = (
+        "_beat_serial",
+        "_heard",
+        "acked",
+        "limit",
+        "outgoing",
+        "owes_ack",
+        "received",
+        "sent",
+        "source",
+        "target",
+        "unacked",
+    )
 
     def __init__(self, source: bytes, target: bytes | None, outgoing: bool, limit: int = MAX_UNACKED) -> None:
         self.source = source
@@ -53,6 +66,8 @@ class Channel:
         self.acked = 0
         self.received = 0
         self.owes_ack = False
+        self._beat_serial = 0
+        self._heard: list[int] = []
 
     def push(self, message: Message) -> None:
         """Queue a message; the next `flush()` sends it.
@@ -80,14 +95,15 @@ class Channel:
             self.owes_ack = False
         return frames
 
-    def heartbeat(self, beats: tuple[Beat, ...] = ()) -> Frame:
+    def heartbeat(self, beats: tuple[Beat, ...] = (), serial: int = 0) -> Frame:
         """A frame without messages: we live, this is what has arrived, and where our rooms stand.
 
         Args:
             beats: At most `MAX_BEATS_PER_FRAME`.
+            serial: What the peer is to confirm them by, higher than any before; 0 if it need not.
         """
         self.owes_ack = False
-        return self._frame(0, (), beats)
+        return self._frame(0, (), beats, serial)
 
     def resend(self) -> list[Frame]:
         """Every message not acknowledged yet, again. For the resend timer and after a reconnect."""
@@ -112,16 +128,27 @@ class Channel:
         self.received += len(fresh)
         return fresh
 
+    def beats(self, frame: Frame) -> tuple[Beat, ...]:
+        """The beats of a frame that `accept` took; none if later ones came before it, which it would replace."""
+        if frame.beats and frame.beat_serial:
+            if frame.beat_serial <= self._beat_serial:
+                return ()
+            self._beat_serial = frame.beat_serial
+            self._heard.append(frame.beat_serial)
+            del self._heard[:-MAX_HEARD_PER_FRAME]
+            self.owes_ack = True
+        return frame.beats
+
     def clone(self) -> Channel:
         """A copy that shares nothing mutable."""
         copy = Channel(self.source, self.target, self.outgoing, self.limit)
         copy.unacked = list(self.unacked)
         copy.sent, copy.acked, copy.received = self.sent, self.acked, self.received
-        copy.owes_ack = self.owes_ack
+        copy.owes_ack, copy._beat_serial, copy._heard = self.owes_ack, self._beat_serial, list(self._heard)
         return copy
 
     def key(self) -> tuple[Any, ...]:
-        """Canonical plain value of the state."""
+        """Canonical plain value of the state, heartbeats apart."""
         return (self.target, self.sent, self.acked, self.received, self.owes_ack, tuple(self.unacked))
 
     def _frames(self, after: int) -> list[Frame]:
@@ -139,10 +166,14 @@ class Channel:
             frames.append(self._frame(after + 1, tuple(batch)))
         return frames
 
-    def _frame(self, first_seq: int, messages: tuple[Message, ...], beats: tuple[Beat, ...] = ()) -> Frame:
+    def _frame(
+        self, first_seq: int, messages: tuple[Message, ...], beats: tuple[Beat, ...] = (), serial: int = 0
+    ) -> Frame:
         if self.target is None:
             raise AssertionError("no frame before the peer is known")
-        return Frame(self.source, self.target, self.outgoing, first_seq, self.received, messages, beats)
+        heard = tuple(self._heard)
+        self._heard.clear()
+        return Frame(self.source, self.target, self.outgoing, first_seq, self.received, messages, beats, serial, heard)
 
 
 def _nbytes_at_most(message: Message) -> int:

@@ -18,7 +18,7 @@ Each command says which input answers it. A session never waits: it is fed the a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from kvpoll_fsm.messages import BlockGrant, Message
 
@@ -42,16 +42,14 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Put a message on the channel of connection `conn`."""
 
     conn: int
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Preflight:
+class Preflight(Struct, frozen=True):
     """Reach the data port of `rank` through `transport`, before anything is promised."""
 
     rank: int
@@ -59,8 +57,7 @@ class Preflight:
     transport: str
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(Struct, frozen=True):
     """Lease `blocks` blocks for `part`, or exactly those the engine named.
 
     A receiver's lease is also exposed to the transports, so that the answer carries tokens.
@@ -75,8 +72,7 @@ class Grant:
     or_refuse: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Regrant:
+class Regrant(Struct, frozen=True):
     """Turn the lease of `old_part` into one of `part`, keeping the first `blocks` blocks, freeing the rest.
 
     The old part's tokens are dead afterwards and new ones are made.
@@ -87,16 +83,14 @@ class Regrant:
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Expose:
+class Expose(Struct, frozen=True):
     """Admit writes to leased blocks: make the transports' tokens of a receiver's grant."""
 
     part: int
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """One rank a part goes to."""
 
     rank: int
@@ -105,8 +99,7 @@ class Target:
     grant: BlockGrant
 
 
-@dataclass(frozen=True, slots=True)
-class StartPart:
+class StartPart(Struct, frozen=True):
     """Move tokens [offset, offset + tokens) into the granted blocks of every target.
 
     Attributes:
@@ -122,15 +115,13 @@ class StartPart:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CancelPart:
+class CancelPart(Struct, frozen=True):
     """Nobody wants this part any more: stop where the transport can."""
 
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class HeldPart:
+class HeldPart(Struct, frozen=True):
     """A committed part, or one being checked, and the blocks it lies in."""
 
     part: int
@@ -139,16 +130,14 @@ class HeldPart:
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Verify:
+class Verify(Struct, frozen=True):
     """Compare the checksum of a landed part with what the sender computed."""
 
     held: HeldPart
     checksum: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CopyOut:
+class CopyOut(Struct, frozen=True):
     """Copy landed parts into the room's own destination of `total_tokens`.
 
     `checksum` is that of the last part in `parts` and is compared on the way, or None.
@@ -159,8 +148,7 @@ class CopyOut:
     checksum: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(Struct, frozen=True):
     """Make sure that no write can land in the blocks of `part` any more. They are quarantined until then.
 
     Attributes:
@@ -171,15 +159,13 @@ class Fence:
     force: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     """The lease of `part` has ended: its blocks are free."""
 
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(Struct, frozen=True):
     """Feed `TimerFired(name, epoch)` after `after_s` seconds; replaces an earlier one of that name."""
 
     name: str
@@ -187,8 +173,7 @@ class SetTimer:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class CancelTimer:
+class CancelTimer(Struct, frozen=True):
     """The timer of that name is not needed any more."""
 
     name: str

@@ -27,6 +27,7 @@ from kvpoll_fsm.messages import (
     decode,
     encode,
 )
+from kvpoll_fsm.news import News
 
 __all__ = ["UNSEEN", "Connection", "Origin", "check_introduction", "introduction", "name_of"]
 
@@ -100,6 +101,7 @@ class Connection:
         block_tokens: The peer's tokens per block.
         silent_ticks: Heartbeats since the peer was last heard.
         idle_ticks: Heartbeats since a room last used the connection.
+        news: The rooms that the next heartbeat speaks of.
     """
 
     __slots__ = (
@@ -110,6 +112,7 @@ class Connection:
         "block_tokens",
         "channel",
         "idle_ticks",
+        "news",
         "number",
         "offers",
         "origin",
@@ -125,6 +128,7 @@ class Connection:
         self.block_tokens = 1
         self.silent_ticks = 0
         self.idle_ticks = 0
+        self.news = News()
         self._acked_then = 0
         self._waited = 0
         self._resend_wait = 1
@@ -231,6 +235,7 @@ class Connection:
         copy = Connection(self.number, self.channel.clone(), self.address, self.origin)
         copy.offers, copy.block_tokens = dict(self.offers), self.block_tokens
         copy.silent_ticks, copy.idle_ticks = self.silent_ticks, self.idle_ticks
+        copy.news = self.news.clone()
         copy._acked_then, copy._waited, copy._resend_wait = self._acked_then, self._waited, self._resend_wait
         return copy
 

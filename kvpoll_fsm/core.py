@@ -14,7 +14,7 @@ from typing import Any
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
-from kvpoll_fsm.commands import Command, Fence, Grant, Regrant, Release, Send
+from kvpoll_fsm.commands import CancelTimer, Command, Fence, Grant, Regrant, Release, Send, SetTimer
 from kvpoll_fsm.connection import UNSEEN, Connection, Origin
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
@@ -78,6 +78,7 @@ class EndpointCore:
         accounts = BlockAccounts(options.blocks, options.managed)
         self._lessor = Lessor(accounts, options.layout.block_tokens, options.deadlines.withdraw_s, self._out)
         self._rooms_of: dict[int, dict[RoomKey, None]] = {}
+        self._host_alive = True
 
     @property
     def accounts(self) -> BlockAccounts:
@@ -123,8 +124,9 @@ class EndpointCore:
             self.accounts.check(options.blocks + beside)
         if options.exact:
             self._lessor.take_exact(key, options.exact)
-        self._rooms_of[options.conn][key] = None
-        self._add(key, ReceiverSession(key, self.options.deadlines, options))
+        session = ReceiverSession(key, self.options.deadlines, options)
+        self._join(session, options.conn)
+        self._add(key, session)
         return key
 
     def feed(self, key: RoomKey, event: inputs.Input) -> None:
@@ -157,9 +159,8 @@ class EndpointCore:
         return self.accounts.load()
 
     def drain(self) -> list[Effect]:
-        """What is to be done, in order; each effect is returned once."""
-        effects, self._out.effects = self._out.effects, []
-        return effects
+        """What is to be done, in order; each effect is returned once. To be called until nothing is left."""
+        return self._out.drain()
 
     # Peers
 
@@ -224,7 +225,8 @@ class EndpointCore:
         for message in connection.channel.accept(packet):
             if connection.number in self.connections:  # the one before may have ended it
                 self._deliver(connection, message)
-        for beat in packet.beats:
+        connection.news.confirmed(packet.heard)
+        for beat in connection.channel.beats(packet):
             self._beat(connection, beat)
         if connection.channel.owes_ack and connection.number in self.connections:
             self._peers.must_flush(connection.number)
@@ -269,6 +271,8 @@ class EndpointCore:
     def heartbeat_tick(self, host_alive: bool, working: Collection[RoomKey] = frozenset()) -> None:
         """`heartbeat_s` has passed: tell peers that we live, find those that do not.
 
+        Takes as long as there are peers, and rooms of which there is something new to say.
+
         Args:
             host_alive: The host has called its endpoint lately.
             working: Rooms that wait for a worker while the workers move on.
@@ -276,11 +280,17 @@ class EndpointCore:
         for key in working:
             self._out.feed(key, inputs.Worked())
         self._run()
+        for key in working:
+            self._spread(key)
+        stirred, self._host_alive = host_alive is not self._host_alive, host_alive
         for connection in list(self.connections.values()):
             rooms = self._rooms_of.get(connection.number)
             if rooms is None:  # ended with another
                 continue
-            self._peers.heartbeat(connection, list(self._beats(connection.number, host_alive, working)))
+            if stirred:
+                connection.news.add_all(rooms)
+            if connection.peer is not None:
+                self._peers.heartbeat(connection, list(self._beats(connection, working)))
             reason = connection.tick(self.options.deadlines, busy=bool(rooms))
             if reason:
                 self.end(connection.number, reason)
@@ -316,10 +326,11 @@ class EndpointCore:
         copy.parking, copy.ignored, copy.refused = self.parking.clone(), self.ignored, dict(self.refused)
         copy._rooms = self._rooms.clone()
         copy._rooms_of = {conn: dict(rooms) for conn, rooms in self._rooms_of.items()}
+        copy._host_alive = self._host_alive
         return copy
 
     def key(self) -> tuple[Any, ...]:
-        """Canonical plain value of the state; cores with equal keys behave alike, tick counters apart."""
+        """Canonical plain value of the state; cores with equal keys behave alike, ticks apart."""
         return (
             self.options.incarnation,
             self._peers.key(),
@@ -327,7 +338,7 @@ class EndpointCore:
             self.parking.key(),
             self._rooms.key(),
             tuple((conn, tuple(rooms)) for conn, rooms in self._rooms_of.items()),
-            tuple(self._out.effects),
+            (*self._out.effects, *self._out.last.values()),
         )
 
     # Inside: rooms
@@ -345,7 +356,10 @@ class EndpointCore:
                 continue
             for command in self._feed_safely(session, event):
                 self._carry_out(key, session, command)
-            self._out.emit(Changed(key))
+            self._out.changed(key)
+            if session.news:
+                session.news = False
+                self._spread(key)
             if session.finished:
                 self._forget(key)
         while self._peers.overflowed:
@@ -361,13 +375,20 @@ class EndpointCore:
             return session.feed(inputs.Crashed(f"{type(error).__name__} at {type(event).__name__}: {error}"))
 
     def _forget(self, key: RoomKey) -> None:
+        for conn in self.sessions[key].conns:
+            self._rooms_of.get(conn, {}).pop(key, None)
         self._rooms.forget(key)
-        for rooms in self._rooms_of.values():
-            rooms.pop(key, None)
+
+    def _join(self, session: Session, conn: int) -> None:
+        """The room is one of the connection's."""
+        self._rooms_of[conn][session.room_key] = None
+        session.conns = (*session.conns, conn)
 
     def _carry_out(self, key: RoomKey, session: Session, command: Command) -> None:
         if isinstance(command, Send):
             self._send(session, command)
+        elif isinstance(command, (SetTimer, CancelTimer)):
+            self._out.timer(key, command)
         elif isinstance(command, Grant):
             self._lessor.grant(key, session.state, command)
         elif isinstance(command, Regrant):
@@ -412,7 +433,8 @@ class EndpointCore:
         rooms, limit = self._rooms_of[conn], self.options.limits.rooms_per_peer
         if key not in rooms and len(rooms) >= limit:
             return self._turn_away([(conn, refusal(message, "rooms_per_peer", limit))])
-        rooms[key] = None
+        if key not in rooms:
+            self._join(self.sessions[key], conn)
         self._give(key, conn, message)
 
     def _turn_away(self, receivers: list[Told]) -> None:
@@ -451,6 +473,8 @@ class EndpointCore:
             self._peers.push(connection.number, answer)
 
     def _give(self, key: RoomKey, conn: int, message: Message) -> None:
+        if isinstance(message, (messages.Reserve, messages.Resume)):  # a new grant: it asks anew how things stand
+            self.connections[conn].news.add(key)
         problem = self.connections[conn].problem_of(message)
         of_room = self.sessions[key].binds
         stranger = isinstance(message, messages.Resume) and not of_room(conn, message.rank, message.receiver_generation)
@@ -476,11 +500,22 @@ class EndpointCore:
         if isinstance(session, ReceiverSession) and session.sender_generation not in (0, beat.sender_generation):
             return  # of another life of the sender's room
         if session.binds(connection.number, beat.rank, beat.receiver_generation):
+            if session.gate is Gate.waiting_blocks:  # perhaps the sender was not there yet when it was said
+                connection.news.add(key)
             said = (beat.bytes_done, beat.host_alive, beat.working)
             self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), *said))
 
-    def _beats(self, conn: int, host_alive: bool, working: Collection[RoomKey]) -> Iterator[Beat]:
-        for key in self._rooms_of[conn]:
-            session = self.sessions[key]
-            if not session.state.is_terminal:
-                yield from session.beats(conn, host_alive, key in working)
+    def _spread(self, key: RoomKey) -> None:
+        """Have the next heartbeats speak of a room."""
+        session = self.sessions.get(key)
+        for conn in session.conns if session else ():
+            if conn in self.connections:
+                self.connections[conn].news.add(key)
+
+    def _beats(self, connection: Connection, working: Collection[RoomKey]) -> Iterator[tuple[RoomKey, Beat]]:
+        """What is to be said through a connection, and of which rooms."""
+        for key in connection.news.take():
+            session = self.sessions.get(key)
+            if session is not None and not session.state.is_terminal:
+                for beat in session.beats(connection.number, self._host_alive, key in working):
+                    yield key, beat

@@ -23,7 +23,7 @@ from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import check_introduction
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.core import Changed, CoreOptions, Effect, EndpointCore, Hangup, Transmit
+from kvpoll_fsm.core import Changed, CoreOptions, Do, Effect, EndpointCore, Transmit
 from kvpoll_fsm.display import Display
 from kvpoll_fsm.errors import EndpointClosed, FailureCode, LimitReached
 from kvpoll_fsm.inbox import Inbox
@@ -335,7 +335,6 @@ class Driver:
             self._actions.completed(name, completion)
         for timer, epoch in self._timers.due():
             self._timer(timer, epoch)
-        self.core.flush()
         self._carry_out()
         self.recorder.flush()
         if self._guest is not None:
@@ -365,6 +364,7 @@ class Driver:
             self.core.resend_tick()
         elif name == "ack":
             self._owed = False
+            self._carry_out()
             self.core.flush(ack_now=True)
         elif name == "flush":
             self._flush_over = True
@@ -380,24 +380,29 @@ class Driver:
     # Effects
 
     def _carry_out(self) -> None:
-        while effects := self.core.drain():
+        while effects := self.core.drain() or self._flushed():
             for effect in effects:
                 self._effect(effect)
-            self.core.flush()
+        self._carriers.flush()
+
+    def _flushed(self) -> list[Effect]:
+        """What is said to peers: last, so that the host sees what they are told before its peers' hosts do."""
+        self.core.flush()
+        return self.core.drain()
 
     def _effect(self, effect: Effect) -> None:
-        if isinstance(effect, Transmit):
-            self.recorder.frame("out", effect.packet)
-            self._control.send(effect.conn, effect.packet)
+        if isinstance(effect, Do):
+            self._actions.do(effect.key, effect.command)
         elif isinstance(effect, Changed):
             self.show(effect.key)
             if effect.key not in self.core.sessions:
                 self._over(effect.key)
-        elif isinstance(effect, Hangup):
+        elif isinstance(effect, Transmit):
+            self.recorder.frame("out", effect.packet)
+            self._control.send(effect.conn, effect.packet)
+        else:
             self._control.hang_up(effect.conn)
             self._actions.hang_up(effect.conn)
-        else:
-            self._actions.do(effect.key, effect.command)
 
     # Inside
 
@@ -434,7 +439,6 @@ class Driver:
         if self._phase == "closing" and (self.outgoing.idle or self._flush_over):
             self._phase = "bye"
             self.core.say_bye()
-            self.core.flush()
             self._carry_out()
         return self._flush_over or (
             self._phase == "bye" and not any(c.must_hear for c in self.core.connections.values())

@@ -5,7 +5,7 @@ Ids, time and randomness are in here, never made by a session.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure, FailureCode
@@ -39,13 +39,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """The host opened the room."""
 
 
-@dataclass(frozen=True, slots=True)
-class Supplied:
+class Supplied(Struct, frozen=True):
     """The sender's host: `ready_tokens` of `total_tokens` can be sent.
 
     Attributes:
@@ -57,43 +55,37 @@ class Supplied:
     staged: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeWith:
+class ResumeWith(Struct, frozen=True):
     """The receiver's host grants these blocks for the next part (`manual`)."""
 
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasePart:
+class ReleasePart(Struct, frozen=True):
     """The receiver's host has no more use for the blocks of a committed part (`manual`)."""
 
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class AbortRoom:
+class AbortRoom(Struct, frozen=True):
     """The host gives the room up."""
 
     detail: str
     code: FailureCode = FailureCode.Aborted
 
 
-@dataclass(frozen=True, slots=True)
-class ClearRoom:
+class ClearRoom(Struct, frozen=True):
     """The host drops its handle; a live room is aborted, blocks it still held go back."""
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReceived:
+class MessageReceived(Struct, frozen=True):
     """A room message the channel of `conn` delivered."""
 
     conn: int
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class BeatReceived:
+class BeatReceived(Struct, frozen=True):
     """The other side's heartbeat for this room."""
 
     rank: int
@@ -103,8 +95,7 @@ class BeatReceived:
     working: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PeerGone:
+class PeerGone(Struct, frozen=True):
     """Connection `conn` has ended for good; `code` is why."""
 
     conn: int
@@ -112,8 +103,7 @@ class PeerGone:
     code: FailureCode = FailureCode.PeerLost
 
 
-@dataclass(frozen=True, slots=True)
-class Preflighted:
+class Preflighted(Struct, frozen=True):
     """The answer to Preflight."""
 
     rank: int
@@ -123,8 +113,7 @@ class Preflighted:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(Struct, frozen=True):
     """Blocks are leased for `part`.
 
     Attributes:
@@ -138,36 +127,31 @@ class Granted:
     tokens_by_transport: tuple[tuple[str, bytes], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GrantQueued:
+class GrantQueued(Struct, frozen=True):
     """No block is free; Granted will follow."""
 
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class GrantRefused:
+class GrantRefused(Struct, frozen=True):
     """No block is free and waiting was not wanted, or the request can never be met."""
 
     part: int
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RevokeGrant:
+class RevokeGrant(Struct, frozen=True):
     """Earlier rooms wait for blocks: give back what this room was granted and has not used."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """Bytes of the whole room that have landed so far, over all ranks; they came with part `part`."""
 
     part: int
     bytes_done: int
 
 
-@dataclass(frozen=True, slots=True)
-class PartWritten:
+class PartWritten(Struct, frozen=True):
     """The writes of a part to one rank have ended. Comes exactly once per target of a StartPart.
 
     Attributes:
@@ -187,44 +171,38 @@ class PartWritten:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RankQuiesced:
+class RankQuiesced(Struct, frozen=True):
     """A write to `rank` that had ended without quiescence can land no more."""
 
     rank: int
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(Struct, frozen=True):
     """The answer to Verify; `failure` is None if the checksum is right."""
 
     part: int
     failure: tuple[FailureCode, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CopiedOut:
+class CopiedOut(Struct, frozen=True):
     """The answer to CopyOut; `part` is the last of those copied."""
 
     part: int
     failure: tuple[FailureCode, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Worked:
+class Worked(Struct, frozen=True):
     """Staging, Verify or CopyOut of this room is not answered yet, but the workers move on: that is progress too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fenced:
+class Fenced(Struct, frozen=True):
     """No byte lands in the blocks of `part` any more."""
 
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class TimerFired:
+class TimerFired(Struct, frozen=True):
     """A timer set by SetTimer; one with a stale epoch is ignored.
 
     Attributes:
@@ -236,8 +214,7 @@ class TimerFired:
     host_alive: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Crashed:
+class Crashed(Struct, frozen=True):
     """Carrying out a command raised; only this room fails."""
 
     detail: str

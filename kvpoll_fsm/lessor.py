@@ -139,7 +139,7 @@ class Lessor:
         if not self._armed:
             self._armed = True
             self._epoch += 1
-            self._out.emit(Do(None, SetTimer(WITHDRAW_TIMER, self._withdraw_s * self._waits, self._epoch)))
+            self._out.timer(None, SetTimer(WITHDRAW_TIMER, self._withdraw_s * self._waits, self._epoch))
 
 
 def _key_of(lease: LeaseId) -> RoomKey:

@@ -57,6 +57,7 @@ MAX_ROOM = (1 << 63) - 1
 MAX_BLOCKS_PER_GRANT = 1 << 16
 MAX_MESSAGES_PER_FRAME = 256
 MAX_BEATS_PER_FRAME = 4096
+MAX_HEARD_PER_FRAME = 256
 MAX_RANKS = 4096
 
 Room = Annotated[int, Meta(ge=0, le=MAX_ROOM)]
@@ -259,7 +260,7 @@ Message = Reserve | Resume | Opened | PartReport | PartAck | PartOutcome | Withd
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
-    """Where one room stands, said with every heartbeat. Not sequenced: the next one replaces it.
+    """Where one room stands. Not sequenced: it holds until the next one replaces it.
 
     Attributes:
         to_sender: The receiving end is the sender's side of the room.
@@ -287,6 +288,8 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="Frame", omit_def
         outgoing: Sent by the side that said Hello. Each direction of Hello has a channel of its own.
         ack: Every message up to this number has arrived.
         beats: Heartbeat entries; a frame without any is a heartbeat of the endpoint all the same.
+        beat_serial: Numbers the frames with beats, from 1; 0 from a peer that repeats them all and hears of none.
+        heard: Serials of the frames with beats that have arrived since our last frame.
     """
 
     source: Incarnation
@@ -296,6 +299,8 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="Frame", omit_def
     ack: Count = 0
     messages: Annotated[tuple[Message, ...], Meta(max_length=MAX_MESSAGES_PER_FRAME)] = ()
     beats: Annotated[tuple[Beat, ...], Meta(max_length=MAX_BEATS_PER_FRAME)] = ()
+    beat_serial: Count = 0
+    heard: Annotated[tuple[Count, ...], Meta(max_length=MAX_HEARD_PER_FRAME)] = ()
 
 
 class Stranger(msgspec.Struct, frozen=True, tag_field="kind", tag="Stranger"):

@@ -11,6 +11,7 @@ from kvpoll_fsm.errors import ChannelOverflow, LimitReached
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.limits import DEFAULT, Limits
 from kvpoll_fsm.messages import MAX_BEATS_PER_FRAME, Beat, Hello, Message, Packet, TransportOffer, Welcome
+from kvpoll_fsm.session import RoomKey
 
 __all__ = ["Peers"]
 
@@ -135,12 +136,12 @@ class Peers:
             if not channel.owes_ack:
                 del self._unflushed[conn]
 
-    def heartbeat(self, connection: Connection, beats: list[Beat]) -> None:
-        """Say that we live, and where the rooms of a connection stand, if anybody is there yet."""
-        if connection.peer is None:
-            return
+    def heartbeat(self, connection: Connection, beats: list[tuple[RoomKey, Beat]]) -> None:
+        """Say to a peer that we live, and where these rooms stand."""
         for at in range(0, max(1, len(beats)), MAX_BEATS_PER_FRAME):
-            frame = connection.channel.heartbeat(tuple(beats[at : at + MAX_BEATS_PER_FRAME]))
+            some = beats[at : at + MAX_BEATS_PER_FRAME]
+            serial = connection.news.said([key for key, _ in some])
+            frame = connection.channel.heartbeat(tuple([beat for _, beat in some]), serial)
             self._out.emit(Transmit(connection.number, frame))
 
     def resend_tick(self) -> None:

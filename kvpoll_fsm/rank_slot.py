@@ -20,6 +20,7 @@ class RankSlot:
         contested: It took the place of a life that another endpoint had announced. Who came last need not be the later.
         passed_over: Why others that the policy likes better are not among them; for people.
         grant: Blocks for the current part.
+        second: Blocks for the part after it, which the rank granted when this one had landed.
         poll: The rank's answer for the current part: None until it is known.
         reported: PartReport has been sent; an ack is due.
         writing: A StartPart target whose PartWritten is due.
@@ -37,6 +38,7 @@ class RankSlot:
     transports: tuple[str, ...] = ()
     reachable: bool = False
     grant: BlockGrant | None = None
+    second: BlockGrant | None = None
     poll: bool | None = None
     reported: bool = False
     writing: bool = False

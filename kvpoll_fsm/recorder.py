@@ -21,6 +21,8 @@ __all__ = ["Recorder"]
 
 log = logging.getLogger("kvpoll_fsm")
 RING_RECORDS = 4096
+_OPENED = (1, 0)
+"""A room's first state has been recorded: one value for all that wait there."""
 
 
 class Recorder:
@@ -68,9 +70,10 @@ class Recorder:
     def room(self, key: RoomKey, session: Session, peer: bytes | None) -> None:
         """Record what is new in a room: states entered, parts decided."""
         states, parts = self._seen.get(key, (0, 0))
-        if states == len(session.history) and parts == len(session.parts):
+        now = (len(session.history), len(session.parts))
+        if now == (states, parts):
             return
-        self._seen[key] = (len(session.history), len(session.parts))
+        self._seen[key] = _OPENED if now == _OPENED else now
         common = self._common(key, session, peer)
         for part in session.parts[parts:]:
             entry = PartEntry(
@@ -83,8 +86,11 @@ class Recorder:
             )
             self._write(entry)
         for state in session.history[states:]:
-            cause = str(session.failure) if state is session.state and session.failure else ""
-            self._write(StateRecord(**common, state=state.name, gate=session.gate.value, cause=cause))
+            present = state is session.state  # it passed through the others since the last look
+            cause = str(session.failure) if present and session.failure else ""
+            self._write(
+                StateRecord(**common, state=state.name, gate=session.gate.value if present else "", cause=cause)
+            )
 
     def forget(self, key: RoomKey) -> None:
         """The room is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvpoll_fsm.address import Address
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from kvpoll_fsm.outgoing import RoomSource
 
 __all__ = ["ReceiverOrder", "Requests"]
+
+_sender_options = lru_cache(maxsize=64)(SenderOptions)
+"""Rooms that are opened alike share what they are opened with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class Requests:
         view.side = "sender"
         driver, pool = self._driver, self._driver.pool
         limit = pool.capacity_tokens if pool.managed else 0
-        options = SenderOptions(required_ranks, policy, tuple(driver.transports), pool.layout.block_tokens, limit)
+        names, size = tuple(driver.transports), pool.layout.block_tokens
+        options = _sender_options(required_ranks, policy, names, size, limit)
         self._open(view, lambda: driver.core.open_sender(view.room, options))
 
     def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:

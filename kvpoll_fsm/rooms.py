@@ -25,7 +25,7 @@ class Rooms:
     def __init__(self) -> None:
         self.sessions: dict[RoomKey, Session] = {}
         self._open: dict[tuple[str, int, int], RoomKey] = {}
-        self._cleared: dict[RoomKey, None] = {}
+        self._cleared: dict[int, dict[RoomKey, None]] = {}  # by room: earlier lives that are not over
         self._generation = 0
 
     def new_key(self, side: str, room: int, rank: int) -> RoomKey:
@@ -48,12 +48,15 @@ class Rooms:
         """The number may be used again; the life goes on until it is over."""
         if self.is_open(key):
             del self._open[key.side, key.room, key.rank]
-            self._cleared[key] = None
+            self._cleared.setdefault(key.room, {})[key] = None
 
     def forget(self, key: RoomKey) -> None:
         """A life that was cleared is over."""
         del self.sessions[key]
-        del self._cleared[key]
+        lives = self._cleared[key.room]
+        del lives[key]
+        if not lives:
+            del self._cleared[key.room]
 
     def is_open(self, key: RoomKey) -> bool:
         """Whether this life of the room is the open one: not cleared, not opened again."""
@@ -88,8 +91,9 @@ class Rooms:
             key = RoomKey("sender", message.room, 0, message.sender_generation)
             return key if key in self.sessions else None
         newest = self._open.get(("sender", message.room, 0))
-        for candidate in (newest, *self._cleared):
-            if candidate is None or (candidate.side, candidate.room) != ("sender", message.room):
+        candidates: tuple[RoomKey | None, ...] = (newest, *self._cleared.get(message.room, ()))
+        for candidate in candidates:
+            if candidate is None or candidate.side != "sender":
                 continue
             if self.sessions[candidate].binds(conn, message.rank, message.receiver_generation):
                 return candidate
@@ -99,11 +103,13 @@ class Rooms:
         """A copy that shares nothing mutable."""
         copy = Rooms()
         copy.sessions = {key: session.clone() for key, session in self.sessions.items()}
-        copy._open, copy._cleared = dict(self._open), dict(self._cleared)
+        copy._open = dict(self._open)
+        copy._cleared = {room: dict(lives) for room, lives in self._cleared.items()}
         copy._generation = self._generation
         return copy
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
         sessions = tuple(session.key() for session in self.sessions.values())
-        return (self._generation, sessions, tuple(self._open.values()), tuple(self._cleared))
+        cleared = tuple(key for lives in self._cleared.values() for key in lives)
+        return (self._generation, sessions, tuple(self._open.values()), cleared)

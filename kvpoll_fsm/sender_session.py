@@ -5,67 +5,28 @@ Where the rule for `is_last` acts: `SenderSession._decide`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvpoll_fsm import inputs, messages
-from kvpoll_fsm.commands import CancelPart, Grant, Preflight, Release, StartPart, Target
-from kvpoll_fsm.deadlines import Deadlines, Gate
+from kvpoll_fsm.commands import CancelPart, Grant, Release, StartPart, Target
+from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure, FailureCode
-from kvpoll_fsm.events import Bootstrapped, LifecycleEvent, PartDone, Resumed
-from kvpoll_fsm.ledger import Ledger, is_last_part, part_tokens
-from kvpoll_fsm.messages import BlockGrant
+from kvpoll_fsm.events import LifecycleEvent, PartDone
+from kvpoll_fsm.ledger import is_last_part, part_tokens
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.rank_slot import RankSlot
-from kvpoll_fsm.selection import Policy
-from kvpoll_fsm.session import GATE_TIMER, ROOM_TIMER, PartRecord, RoomKey, Session
+from kvpoll_fsm.sender_ranks import SenderOptions, SenderRanks
+from kvpoll_fsm.session import GATE_TIMER, ROOM_TIMER, PartRecord, Session
 
 __all__ = ["RankSlot", "SenderOptions", "SenderSession"]
 
-
-@dataclass(frozen=True, slots=True)
-class SenderOptions:
-    """What a sender's room is opened with.
-
-    Attributes:
-        required_ranks: Receiver ranks there must be, or None to take it from their messages.
-        policy: Which transports may carry the room.
-        transports: Those this endpoint has.
-        block_tokens: Tokens per source block.
-        max_part_tokens: Most tokens of a staged part (what the source pool holds), 0 for no limit.
-    """
-
-    required_ranks: int | None
-    policy: Policy
-    transports: tuple[str, ...]
-    block_tokens: int
-    max_part_tokens: int = 0
+_GATES_OF_RANKS = (Gate.waiting_ranks, Gate.waiting_resume)
+"""Where the room waits for what its receivers do."""
 
 
-class SenderSession(Session):
-    """One life of a room at its sender.
-
-    Attributes:
-        options: What it was opened with.
-        slots: The receiver ranks that have reserved.
-        ledger: Tokens committed on every rank.
-        ready_tokens: How far the host has data.
-    """
-
-    def __init__(self, room_key: RoomKey, deadlines: Deadlines, options: SenderOptions) -> None:
-        super().__init__(room_key, deadlines)
-        self.options = options
-        self.required = options.required_ranks
-        self.slots: dict[int, RankSlot] = {}
-        self.ledger = Ledger()
-        self.ready_tokens = 0
-        self.staged = False
-        self.part = 0
-        self._tokens = 0
-        self._phase = "idle"
-        self._turned_away = ""
-        self._blocks: tuple[int, ...] = ()
+class SenderSession(SenderRanks):
+    """One life of a room at its sender; `SenderRanks` says how its receivers come and grant."""
 
     # What the session is asked
 
@@ -83,49 +44,16 @@ class SenderSession(Session):
             return Gate.moving if unreported else Gate.waiting_outcome
         return Gate.queued if self._all_granted() else Gate.waiting_resume
 
-    @property
-    def told_gate(self) -> Gate:
-        """The gate heartbeats speak of: a sender whose receivers wait for blocks waits for blocks."""
-        if self.gate in (Gate.waiting_ranks, Gate.waiting_resume) and self._ranks_without_blocks():
-            return Gate.waiting_blocks
-        return self.gate
+    def _told_gate(self, gate: Gate) -> Gate:
+        """What heartbeats say: a sender whose receivers wait for blocks waits for blocks."""
+        return Gate.waiting_blocks if gate in _GATES_OF_RANKS and self._ranks_without_blocks() else gate
 
     @property
     def quiescent(self) -> bool:
         """Terminal, and no write of this room can land or read its source any more."""
-        busy = any(slot.in_flight or slot.reading for slot in self.slots.values())
-        return self.state.is_terminal and not busy and not self._blocks
-
-    @property
-    def was_opened(self) -> bool:
-        """All ranks were there once, and were told Opened."""
-        return KVPoll.WaitingForInput in self.history
-
-    def binds(self, conn: int, rank: int, generation: int) -> bool:
-        """Whether this receiver's life of the room is the one bound here."""
-        slot = self.slots.get(rank)
-        return slot is not None and (slot.conn, slot.generation) == (conn, generation)
-
-    def beats(self, conn: int, host_alive: bool, working: bool) -> Iterator[messages.Beat]:
-        """What a heartbeat through `conn` says of this room, to each rank there."""
-        gate = self.told_gate.value
-        for rank, slot in self.slots.items():
-            if slot.conn == conn:
-                yield messages.Beat(
-                    to_sender=False,
-                    **self._ids(rank),
-                    gate=gate,
-                    bytes_done=self.bytes_done,
-                    host_alive=host_alive,
-                    working=working,
-                )
-
-    def admits(self, conn: int, reserve: messages.Reserve) -> bool:
-        """Whether a reservation is for this life of the room, and not for a later one."""
-        if self.state.is_terminal or reserve.sender_generation not in (0, self.room_key.generation):
+        if not self.state.is_terminal or self._blocks:
             return False
-        bound = self.binds(conn, reserve.rank, reserve.receiver_generation)
-        return bound or self.state is KVPoll.Bootstrapping
+        return not any(slot.in_flight or slot.reading for slot in self.slots.values())
 
     def clone(self) -> SenderSession:
         """A copy that shares nothing mutable."""
@@ -156,135 +84,6 @@ class SenderSession(Session):
         self.ready_tokens = max(self.ready_tokens, event.ready_tokens)
         self.staged = event.staged
         self._try_part()
-
-    # Receivers come
-
-    def _reserve(self, conn: int, message: messages.Reserve) -> None:
-        problem = self._problem_of(conn, message)
-        bound = self.binds(conn, message.rank, message.receiver_generation)
-        if problem and bound:
-            return self._violation(message.rank, problem)
-        if problem:
-            return self._turn_away(conn, message, problem)
-        if not bound:
-            contested = self._replaced(message.rank, conn)
-            slot = RankSlot(conn, message.receiver_generation, message.dummy, contested=contested)
-            self.slots[message.rank] = slot
-        if message.grant is not None:
-            self._take_grant(message.rank, self.slots[message.rank], message.grant)
-        self._try_bootstrap()
-
-    def _problem_of(self, conn: int, message: messages.Reserve) -> str:
-        """What is wrong with a reservation, or nothing. The first one may tell how many ranks there are."""
-        if self.required is None and message.rank < message.ranks:
-            self.required = message.ranks
-        required = self.required or message.ranks
-        if message.ranks != required or message.rank >= required:
-            return f"rank {message.rank} of {message.ranks} where {required} ranks are required"
-        bound = self.binds(conn, message.rank, message.receiver_generation)
-        if bound and (self.state is not KVPoll.Bootstrapping or message.dummy is not self.slots[message.rank].dummy):
-            return f"rank {message.rank} reserved again in {self.state}"
-        return ""
-
-    def _turn_away(self, conn: int, message: messages.Reserve, problem: str) -> None:
-        """Tell a receiver that has no place in the room; it may be a stale one, so those that have wait on."""
-        self._turned_away = f"; turned away: {problem}"
-        ids = {"room": message.room, "rank": message.rank, "sender_generation": self.room_key.generation}
-        failure = self._cause(FailureCode.ProtocolError, problem, message.rank)
-        generation = message.receiver_generation
-        self._send(conn, messages.Abort(failure=failure, quiescent=True, receiver_generation=generation, **ids))
-
-    def _replaced(self, rank: int, conn: int) -> bool:
-        """Tell the life of a rank that another one takes the place of; nothing was sent to it yet.
-
-        Returns:
-            Whether the two are on different endpoints, so that nobody can say which of them is the later.
-        """
-        before = self.slots.get(rank)
-        if before is None:
-            return False
-        detail = f"another life of rank {rank} reserved the room after this one"
-        failure = self._cause(FailureCode.Displaced, detail, rank)
-        self._send(before.conn, messages.Abort(failure=failure, quiescent=True, **self._ids(rank)))
-        return before.contested or before.conn != conn
-
-    def _resume(self, conn: int, message: messages.Resume) -> None:
-        slot = self.slots[message.rank]
-        expected = self._phase == "idle" and self.state is KVPoll.Transferring and slot.grant is None
-        if not expected or slot.dummy or message.sent_tokens != self.ledger.covered_tokens:
-            said = f"Resume at {message.sent_tokens} tokens for part {message.grant.part}"
-            return self._violation(message.rank, f"{said} while part {self.part} is at {self.ledger.covered_tokens}")
-        self._take_grant(message.rank, slot, message.grant)
-        self._try_resume()
-
-    def _take_grant(self, rank: int, slot: RankSlot, grant: BlockGrant) -> None:
-        if grant.part != self.part or slot.dummy or slot.grant is not None:
-            return self._violation(rank, f"a grant for part {grant.part} while part {self.part} is next")
-        slot.grant, slot.waits_for_blocks = grant, False
-        offered = self.options.policy.candidates(self.options.transports, grant.transports)
-        if slot.reachable and slot.transports[0] in offered:
-            slot.transports = tuple(name for name in slot.transports if name in offered)
-            return
-        slot.transports, slot.reachable = offered, False
-        slot.passed_over = self.options.policy.missing(self.options.transports, grant.transports)
-        self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
-
-    def _preflight(self, rank: int, slot: RankSlot, why_none: str) -> None:
-        if slot.transports:
-            self._do(Preflight(rank, slot.conn, slot.transports[0]))
-            return
-        ours = f"policy {self.options.policy}, here: {', '.join(self.options.transports)}"
-        detail = f"no common transport works: {ours}; {why_none}"
-        self._fail(self._cause(FailureCode.TransportUnavailable, detail, rank))
-
-    def _preflighted(self, event: inputs.Preflighted) -> None:
-        slot = self.slots.get(event.rank)
-        current = slot is not None and slot.conn == event.conn and slot.transports[:1] == (event.transport,)
-        if slot is None or not current or self.state.is_terminal or slot.reachable:
-            return
-        if not event.ok:
-            detail = f"{event.transport} to rank {event.rank}: {event.detail}"
-            slot.transports, slot.passed_over = slot.transports[1:], (*slot.passed_over, detail)
-            if slot.transports or self._phase != "moving":
-                return self._preflight(event.rank, slot, detail)
-            failure = self._cause(FailureCode.TransportFailed, "; ".join(slot.passed_over), event.rank)
-            return self._report(event.rank, slot, event.transport, None, failure)
-        slot.reachable = True
-        if self._phase == "moving" and not (slot.in_flight or slot.reported):
-            self._reissue(event.rank, slot)
-        self._try_bootstrap()
-        self._try_resume()
-
-    def _try_bootstrap(self) -> None:
-        if self.state is not KVPoll.Bootstrapping or self.required != len(self.slots) or not self._all_granted():
-            return
-        if all(slot.dummy for slot in self.slots.values()):
-            return self._violation(0, "every rank is a dummy: there is nobody to send to")
-        self._apply(Bootstrapped())
-        total, required = self.ledger.total_tokens, len(self.slots)
-        for rank, slot in self.slots.items():
-            self._send(slot.conn, messages.Opened(required=required, total_tokens=total, **self._ids(rank)))
-        self._try_part()
-
-    def _try_resume(self) -> None:
-        if self.state is KVPoll.Transferring and self._phase == "idle" and self._all_granted():
-            self._apply(Resumed())
-            self._try_part()
-
-    def _all_granted(self) -> bool:
-        return all(slot.dummy or (slot.grant and slot.reachable) for slot in self.slots.values())
-
-    def _withdraw(self, conn: int, message: messages.Withdraw) -> None:
-        slot = self.slots[message.rank]
-        unused = self._phase == "idle" and slot.grant is not None and slot.grant.part == message.part
-        ok = unused and not self._committed_to_part()
-        if ok:
-            slot.grant = None
-        self._send(conn, messages.Withdrawn(part=message.part, ok=ok, **self._ids(message.rank)))
-
-    def _committed_to_part(self) -> bool:
-        """All ranks have granted and know it, so the part will start; no grant can be taken back."""
-        return self.state is not KVPoll.Bootstrapping and self._all_granted()
 
     # A part
 
@@ -339,7 +138,7 @@ class SenderSession(Session):
 
     def _progress(self, event: inputs.Progress) -> None:
         if event.bytes_done > self.bytes_done:
-            self.bytes_done = event.bytes_done
+            self.bytes_done, self.news = event.bytes_done, True
             if self.gate is Gate.moving:
                 self._regate(renew=True)
 
@@ -412,7 +211,8 @@ class SenderSession(Session):
         used = [slot for slot in self.slots.values() if not slot.dummy]
         transport = ",".join(dict.fromkeys(slot.transports[0] for slot in used))
         passed_over = "; ".join(dict.fromkeys(why for slot in used for why in slot.passed_over))
-        self.parts.append(PartRecord(self.part, offset, tokens, is_last, transport, blocks, passed_over))
+        record = PartRecord(self.part, offset, tokens, is_last, transport, blocks, passed_over)
+        self.parts = (*self.parts, record)
         self._apply(PartDone(is_last=is_last, all_ok=True))
         self._tell_outcome(is_last, None)
         for slot in self.slots.values():
@@ -420,6 +220,15 @@ class SenderSession(Session):
         self._release_source()
         self.part += 1
         self._phase = "idle"
+        self._take_second_grants()
+
+    def _take_second_grants(self) -> None:
+        """The next part begins at once if every rank had granted it while this one was under way."""
+        for rank, slot in self.slots.items():
+            grant, slot.second = slot.second, None
+            if grant is not None and not self.state.is_terminal:
+                self._take_grant(rank, slot, grant)
+        self._try_resume()
 
     def _part_failed(self, failure: Failure) -> None:
         """Some rank does not have the part: the same rule, decided at once."""
@@ -484,11 +293,6 @@ class SenderSession(Session):
         slot.gave_up = True
         self._fail(replace(message.failure, rank=message.rank))
 
-    def _vacate(self, rank: int, slot: RankSlot) -> None:
-        """A rank that was contested gave up: the other, which was told to try again, may have its place."""
-        self._send(slot.conn, messages.Quiesced(**self._ids(rank)))
-        del self.slots[rank]
-
     def _peer_gone(self, event: inputs.PeerGone) -> None:
         lost = [rank for rank, slot in self.slots.items() if slot.conn == event.conn]
         if self.state is KVPoll.Bootstrapping:
@@ -508,9 +312,6 @@ class SenderSession(Session):
             slot.close()
             self._settle()
 
-    def _violation(self, rank: int, what: str) -> None:
-        self._fail(self._cause(FailureCode.ProtocolError, what, rank))
-
     # Time, messages
 
     def _beat(self, event: inputs.BeatReceived) -> None:
@@ -519,18 +320,18 @@ class SenderSession(Session):
             return
         if event.working:
             self._worked(inputs.Worked())
-        slot.waits_for_blocks = event.gate is Gate.waiting_blocks and event.host_alive
-        if slot.waits_for_blocks and self.gate in (Gate.waiting_ranks, Gate.waiting_resume):
+        waited, slot.waits_for_blocks = slot.waits_for_blocks, event.gate is Gate.waiting_blocks and event.host_alive
+        if (waited or slot.waits_for_blocks) and self.gate in _GATES_OF_RANKS:
             self._regate(renew=True)
+
+    def _kept_waiting(self, gate: Gate) -> bool:
+        return gate in _GATES_OF_RANKS and any(slot.waits_for_blocks for slot in self.slots.values())
 
     def _gate_expired(self, event: inputs.TimerFired) -> None:
         if self.gate is Gate.queued and event.host_alive:
             self._arm(GATE_TIMER, self.deadlines.input_s)
         else:
             super()._gate_expired(event)
-
-    def _ranks_without_blocks(self) -> bool:
-        return any(slot.waits_for_blocks and slot.grant is None for slot in self.slots.values())
 
     def awaited(self) -> str:
         """What would open the present gate, for people."""
@@ -564,15 +365,6 @@ class SenderSession(Session):
             return
         handler(self, event.conn, message)
 
-    def _ids(self, rank: int) -> dict[str, int]:
-        """The fields that address one rank's life of this room."""
-        return {
-            "room": self.room_key.room,
-            "rank": rank,
-            "sender_generation": self.room_key.generation,
-            "receiver_generation": self.slots[rank].generation,
-        }
-
     _handlers: ClassVar = {
         inputs.Start: _start,
         inputs.Supplied: _supplied,
@@ -583,7 +375,7 @@ class SenderSession(Session):
         inputs.MessageReceived: _message,
         inputs.BeatReceived: _beat,
         inputs.PeerGone: _peer_gone,
-        inputs.Preflighted: _preflighted,
+        inputs.Preflighted: SenderRanks._preflighted,
         inputs.Granted: _granted,
         inputs.GrantRefused: _refused,
         inputs.Progress: _progress,
@@ -592,9 +384,9 @@ class SenderSession(Session):
         inputs.Worked: Session._worked,
     }
     _message_handlers: ClassVar = {
-        messages.Reserve: _reserve,
-        messages.Resume: _resume,
-        messages.Withdraw: _withdraw,
+        messages.Reserve: SenderRanks._reserve,
+        messages.Resume: SenderRanks._resume,
+        messages.Withdraw: SenderRanks._withdraw,
         messages.PartAck: _ack,
         messages.Abort: _aborted,
         messages.Quiesced: _fenced_there,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from msgspec import Struct
+
 from kvpoll_fsm.commands import CancelTimer, Command, Send, SetTimer
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import Failure, FailureCode
@@ -37,8 +39,7 @@ _LIFECYCLE_EVENT: dict[FailureCode, LifecycleEvent] = {
 """The event a failure is to the machine; every other code is Aborted."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoomKey:
+class RoomKey(Struct, frozen=True, cache_hash=True):
     """One life of a room on one side of one endpoint.
 
     Attributes:
@@ -79,6 +80,8 @@ class Session:
         history: The states gone through, the present one last.
         parts: The parts that have an outcome.
         bytes_done: Bytes of the room that have landed, over all ranks, as far as this side knows.
+        conns: The connections whose peers take part; kept by whoever hosts the session.
+        news: Heartbeats have something to say that they have not said yet; unset by whoever says it.
     """
 
     _handlers: ClassVar[dict[type, Callable[[Any, Any], None]]] = {}
@@ -88,12 +91,15 @@ class Session:
         self.room_key = room_key
         self.deadlines = deadlines
         self.failure: Failure | None = None
-        self.history: list[KVPoll] = [KVPoll.Bootstrapping]
-        self.parts: list[PartRecord] = []
+        self.history: tuple[KVPoll, ...] = (KVPoll.Bootstrapping,)
+        self.parts: tuple[PartRecord, ...] = ()
         self.bytes_done = 0
+        self.conns: tuple[int, ...] = ()
+        self.news = False
+        self._told: Gate | None = None
         self._lifecycle = Lifecycle()
         self._cleared = False
-        self._epochs: dict[str, int] = {}
+        self._epoch = 0
         self._armed: dict[str, int] = {}
         self._gate_mark: tuple[Any, ...] = ()
         self._out: list[Command] = []
@@ -116,7 +122,11 @@ class Session:
     @property
     def told_gate(self) -> Gate:
         """The gate heartbeats speak of."""
-        return self.gate
+        return self._told_gate(self.gate)
+
+    def _told_gate(self, gate: Gate) -> Gate:
+        """What heartbeats say of a room at this gate."""
+        return gate
 
     def binds(self, conn: int, rank: int, generation: int) -> bool:
         """Whether this receiver's life of the room, heard through `conn`, and this one belong together."""
@@ -171,14 +181,14 @@ class Session:
 
     def _copy_base(self, copy: Session) -> None:
         copy.failure = self.failure
-        copy.history = list(self.history)
-        copy.parts = list(self.parts)
+        copy.history, copy.parts = self.history, self.parts
         copy.bytes_done = self.bytes_done
         copy._lifecycle = self._lifecycle.clone()
         copy._cleared = self._cleared
-        copy._epochs = dict(self._epochs)
+        copy._epoch = self._epoch
         copy._armed = dict(self._armed)
         copy._gate_mark = self._gate_mark
+        copy.conns, copy.news, copy._told = self.conns, self.news, self._told
 
     def _do(self, command: Command) -> None:
         self._out.append(command)
@@ -189,7 +199,7 @@ class Session:
     def _apply(self, event: LifecycleEvent) -> None:
         before = self.state
         if self._lifecycle.apply(event) is not before:
-            self.history.append(self.state)
+            self.history = (*self.history, self.state)
 
     def _fail(self, failure: Failure, event: LifecycleEvent | None = None, *, tell: bool = True) -> None:
         """End the room as Failed, unless it has ended, and tell the other side once (`tell`)."""
@@ -216,9 +226,9 @@ class Session:
         return Failure.of(code, detail, state=self.state, rank=rank)
 
     def _arm(self, name: str, after_s: float) -> None:
-        epoch = self._epochs.get(name, 0) + 1
-        self._epochs[name] = self._armed[name] = epoch
-        self._do(SetTimer(name, after_s, epoch))
+        self._epoch += 1
+        self._armed[name] = self._epoch
+        self._do(SetTimer(name, after_s, self._epoch))
 
     def _disarm(self, name: str) -> None:
         if self._armed.pop(name, None) is not None:
@@ -235,6 +245,9 @@ class Session:
         if renew or mark != self._gate_mark:
             self._gate_mark = mark
             self._arm(GATE_TIMER, self.deadlines.of(self.state, gate))
+        told = self._told_gate(gate)
+        if told is not self._told:
+            self._told, self.news = told, True
 
     def _worked(self, event: Worked) -> None:
         """A part is staged, checked or copied, or waits for its turn behind others: that is no standstill."""
@@ -255,9 +268,15 @@ class Session:
         gate = self.gate
         if gate is Gate.closed:
             return
+        if self._kept_waiting(gate):
+            return self._arm(GATE_TIMER, self.deadlines.of(self.state, gate))
         seconds = self.deadlines.of(self.state, gate)
         code = FailureCode.PoolExhausted if gate is Gate.waiting_blocks else FailureCode.DeadlinePassed
         self._fail(self._cause(code, f"{gate} for {seconds:g} s: {self.awaited()}", self._own_rank))
+
+    def _kept_waiting(self, gate: Gate) -> bool:
+        """What the other side said last keeps this gate's clock from ending, as long as it says nothing else."""
+        return False
 
     @property
     def _own_rank(self) -> int | None:

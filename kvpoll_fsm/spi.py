@@ -27,6 +27,7 @@ __all__ = [
     "Failed",
     "FenceKind",
     "Fenced",
+    "Gathers",
     "LeaseId",
     "Link",
     "LinkDown",
@@ -288,6 +289,15 @@ class Transport(Protocol):
         Once it has returned, no byte lands in a registered region and no source is read to any effect, whatever was
         under way.
         """
+        ...
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """A transport that keeps what is submitted until the driver has no more for now, to send it in one go."""
+
+    def flush(self) -> None:
+        """Send what was submitted since the last call. Comes once in every turn of the driver."""
         ...
 
 

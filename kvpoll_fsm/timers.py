@@ -7,6 +7,9 @@ from collections.abc import Callable, Hashable
 
 __all__ = ["Timers"]
 
+_Entry = tuple[float, int, Hashable, int]
+"""When it is due, its number, which settles ties, its name and its epoch."""
+
 
 class Timers:
     """Timers by name; setting one again replaces it.
@@ -18,8 +21,8 @@ class Timers:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._serial = 0
-        self._heap: list[tuple[float, int, Hashable]] = []
-        self._current: dict[Hashable, tuple[int, int]] = {}
+        self._heap: list[_Entry] = []
+        self._current: dict[Hashable, _Entry] = {}
 
     def __len__(self) -> int:
         return len(self._current)
@@ -27,8 +30,8 @@ class Timers:
     def set(self, name: Hashable, after_s: float, epoch: int = 0) -> None:
         """Fire `name` with `epoch` after `after_s` seconds."""
         self._serial += 1
-        self._current[name] = (self._serial, epoch)
-        heapq.heappush(self._heap, (self._clock() + after_s, self._serial, name))
+        entry = self._current[name] = (self._clock() + after_s, self._serial, name, epoch)
+        heapq.heappush(self._heap, entry)
         self._shrink()
 
     def cancel(self, name: Hashable) -> None:
@@ -49,7 +52,8 @@ class Timers:
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
             if self._live(entry):
-                fired.append((entry[2], self._current.pop(entry[2])[1]))
+                del self._current[entry[2]]
+                fired.append(entry[2:])
         return fired
 
     def _shrink(self) -> None:
@@ -57,6 +61,5 @@ class Timers:
             self._heap = [entry for entry in self._heap if self._live(entry)]
             heapq.heapify(self._heap)
 
-    def _live(self, entry: tuple[float, int, Hashable]) -> bool:
-        current = self._current.get(entry[2])
-        return current is not None and current[0] == entry[1]
+    def _live(self, entry: _Entry) -> bool:
+        return self._current.get(entry[2]) is entry

@@ -73,7 +73,7 @@ class _RoomRecord(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
 
 
 class StateRecord(_RoomRecord, frozen=True, tag="state"):
-    """A room has entered `state`; `gate` is what it waits for there."""
+    """A room has entered `state`; `gate` is what it waits for there, empty if it has gone on already."""
 
     state: Word
     gate: Text = ""

@@ -126,17 +126,13 @@ class RoomView:
 
     def update(self, session: Session) -> None:
         """Show what the session says. Driver's thread."""
-        self.failure = session.failure
-        if session.gate is not self.gate or len(self.parts) != len(session.parts):
+        gate, quiescent = session.gate, session.quiescent
+        if gate is not self.gate or self.parts is not session.parts:
             self.gate_since_s = time.monotonic()
-        if len(self.parts) != len(session.parts):
-            self.parts = tuple(session.parts)
-        if len(self.history) != len(session.history):
-            self.history = tuple(session.history)
-        self.gate = session.gate
-        self.bytes_done = session.bytes_done
-        quiescent, self.quiescent = self.quiescent, session.quiescent
-        self.show(session.state, wake=quiescent is not session.quiescent)
+        self.failure, self.history, self.parts = session.failure, session.history, session.parts
+        self.gate, self.bytes_done = gate, session.bytes_done
+        before, self.quiescent = self.quiescent, quiescent
+        self.show(session.state, wake=before is not quiescent)
 
     def fail(self, failure: Failure) -> None:
         """The room ends because its driver does, or because it could not be opened."""

@@ -1,9 +1,74 @@
-"""Settings shared by all tests."""
+"""Settings shared by all tests, and where endpoints run their drivers: in a thread, or in a process of their own."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import pytest
 from hypothesis import settings
+
+from kvpoll_fsm import InvalidInput
+from tests.helpers import ISOLATION
 
 # The default: the same examples on every run, so that a red run is red again.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 # A deeper search with fresh examples, by hand or nightly: pytest --hypothesis-profile=long
 settings.register_profile("long", max_examples=5_000, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+INSIDE = "looks inside the driver, which is in another process"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--isolation", choices=["thread", "process"], default="thread", help="where endpoints run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[ISOLATION] = config.getoption("--isolation")  # for processes that tests start, too
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `both` run in both isolations; first of all fixtures, for others may make endpoints."""
+    if metafunc.definition.get_closest_marker("both") and metafunc.config.getoption("--isolation") == "thread":
+        metafunc.fixturenames.insert(0, "isolation")
+        metafunc.parametrize("isolation", ["thread", "process"], indirect=True)
+
+
+@pytest.fixture
+def isolation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where this test's endpoints run."""
+    before, os.environ[ISOLATION] = os.environ[ISOLATION], getattr(request, "param", os.environ[ISOLATION])
+    yield os.environ[ISOLATION]
+    os.environ[ISOLATION] = before
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--isolation") == "process":
+        inside = [item for item in items if item.get_closest_marker("inside")]
+        config.hook.pytest_deselected(items=inside)
+        items[:] = [item for item in items if not item.get_closest_marker("inside")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    with _outside():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    with _outside():
+        yield
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """What asks for a driver that is in another process is skipped, and says so."""
+    try:
+        yield
+    except (InvalidInput, AssertionError) as error:
+        if os.environ[ISOLATION] == "process" and "the driver runs in a process of its own" in str(error):
+            pytest.skip(INSIDE)
+        raise

@@ -13,10 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Failure, Field, KVPoll, Layout, Receiver, Sender
 from kvpoll_fsm.handles import Room
 from kvpoll_memory import Faults
+
+ISOLATION = "KVPOLL_TEST_ISOLATION"
+"""Where `endpoint()` runs its driver: "thread" or "process". Of the environment, so that workers have it too."""
 
 BLOCK_TOKENS = 16
 FIELDS = [
@@ -78,16 +82,32 @@ def adopted(blocks: int, layout: Layout = LAYOUT) -> tuple[BlockPool, Data]:
     return BlockPool.adopt(layout, arrays), arrays
 
 
-def endpoint(transports: str = "memory", **settings: Any) -> Endpoint:
-    """An endpoint that is not started; results are numpy arrays whatever other tests have imported."""
+def in_process() -> bool:
+    """Endpoints are to run their drivers in processes of their own."""
+    return os.environ.get(ISOLATION) == "process"
+
+
+def endpoint(transports: str | None = None, **settings: Any) -> Endpoint:
+    """An endpoint that is not started; results are numpy arrays whatever other tests have imported.
+
+    Without `transports` it is the first that works where the driver is to run. What can be tested in a thread alone
+    is skipped in the other isolation.
+    """
     settings.setdefault("pool", pool())
     settings.setdefault("arrays", "numpy")
+    transports = transports or ("shm" if in_process() else "memory")
+    if in_process() and settings.get("isolation") != "thread":
+        if "memory" in transports or "memory" in settings.get("transport_options", {}):
+            pytest.skip("the memory transport works in one process")
+        if not settings["pool"].managed:
+            pytest.skip("memory of the engine's own is moved by a thread")
+    settings.setdefault("isolation", "process" if in_process() else "thread")
     return Endpoint(transports=transports, **settings)
 
 
 @contextmanager
 def pair(
-    transports: str = "memory",
+    transports: str | None = None,
     *,
     faults: Faults | None = None,
     tx: dict[str, Any] | None = None,
@@ -126,7 +146,7 @@ def transfer(tx: Endpoint, rx: Endpoint, room: int, tokens: int = 100, **receive
 
 def forgotten(endpoint: Endpoint, room: int) -> bool:
     """Nothing is left of a room."""
-    return all(key.room != room for key in list(endpoint.driver.core.sessions))
+    return all(entry["room"] != room for entry in endpoint.dump())
 
 
 def until(condition: Callable[[], object], what: str = "", within_s: float = SOON_S) -> None:

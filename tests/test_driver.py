@@ -80,6 +80,7 @@ def test_close_with_live_rooms_tells_peers_and_leaves_nothing(transport: str, fi
                 sender.send(make_data(10_000))
         waiting = handles[:2]
         until(lambda: all(handle.poll() is W for handle in waiting))
+        until(lambda: KVPoll.Bootstrapping not in [handle.poll() for handle in handles])  # each is known there
         (tx if first == "tx" else rx).close()
         for handle in handles:
             failure = failed(handle)

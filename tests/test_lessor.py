@@ -30,9 +30,10 @@ def grant(lessor: Lessor, key: RoomKey, blocks: int = 1, part: int = 0, **more: 
 def taken(lessor: Lessor) -> list[object]:
     """The inputs and effects since the last look."""
     out = lessor._out
-    found: list[object] = [*out.inputs, *out.effects]
+    found: list[object] = [*out.inputs]
     out.inputs.clear()
-    out.effects.clear()
+    while effects := out.drain():
+        found += effects
     return found
 
 

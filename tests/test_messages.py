@@ -99,6 +99,7 @@ def test_limits_are_part_of_the_protocol() -> None:
         "MAX_BLOCKS_PER_GRANT": 1 << 16,
         "MAX_MESSAGES_PER_FRAME": 256,
         "MAX_BEATS_PER_FRAME": 4096,
+        "MAX_HEARD_PER_FRAME": 256,
         "MAX_RANKS": 4096,
     }
     assert messages.PROTOCOL == (1, 1)

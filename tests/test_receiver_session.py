@@ -48,8 +48,8 @@ CHECKSUM = b"c" * 16
 class Rx:
     """The session of rank 1 of 2, which gets 2 blocks of 4 tokens a part: 4 and 2 for part 0, 6 and 3 for part 1."""
 
-    def __init__(self, resume: str = "drain", *, blocks: int = 2, exact: tuple[int, ...] = ()) -> None:
-        options = ReceiverOptions(5, 2, blocks, 4, resume, exact)
+    def __init__(self, resume: str = "drain", *, blocks: int = 2, exact: tuple[int, ...] = (), window: int = 1) -> None:
+        options = ReceiverOptions(5, 2, blocks, 4, resume, exact, window)
         self.session = ReceiverSession(KEY, DEADLINES, options)
         self.started = self.feed(inputs.Start())
 
@@ -292,7 +292,7 @@ def test_parts_until_the_last(total: int, resume: str) -> None:
             resumed = sent(rx.granted(), Resume)
             assert (resumed.sent_tokens, resumed.grant.part) == ((part + 1) * 8, part + 1)
             assert rx.session.gate is Gate.queued
-    assert rx.session.history == [B, W, *([T] if parts > 1 else []), S]
+    assert rx.session.history == (B, W, *([T] if parts > 1 else []), S)
     assert sum(part.tokens for part in rx.session.parts) == total
     rx.feed(inputs.ClearRoom())
     assert rx.session.finished
@@ -449,7 +449,7 @@ def test_what_a_sender_must_not_do_fails_the_room(what: str) -> None:
     rx = reach(Rx())
     before = list(rx.session.history)
     commands = rx.say(kind, **fields)
-    assert rx.session.history == [*before, F]
+    assert rx.session.history == (*before, F)
     failure = rx.session.failure
     assert failure is not None
     assert (failure.code, failure.rank, failure.retryable) == (FailureCode.ProtocolError, 1, False)
@@ -581,7 +581,7 @@ def test_a_failed_outcome_carries_the_first_cause() -> None:
     failure = bad("rank 0 has wrong bytes", FailureCode.ChecksumMismatch, 0)
     rx.outcome(state=F, failure=failure)
     assert rx.session.failure is failure
-    assert rx.session.history == [B, W, F]
+    assert rx.session.history == (B, W, F)
     assert rx.session.quiescent
 
 
@@ -688,10 +688,12 @@ def test_what_renews_which_gate() -> None:
     assert not beat(rx, Gate.waiting_blocks)  # its own pool's clock is its own
     rx.granted()
     assert beat(rx, Gate.waiting_blocks)  # a sibling waits for blocks
+    assert beat(rx, Gate.waiting_blocks, alive=False)  # the clock begins where the good news ends
     assert not beat(rx, Gate.waiting_blocks, alive=False)
     assert not beat(rx, Gate.waiting_ranks)
     rx.say(Opened, required=2)
     assert beat(rx, Gate.queued)
+    assert beat(rx, Gate.queued, alive=False)
     assert not beat(rx, Gate.queued, alive=False)
     assert beat(rx, Gate.moving, 10)
     assert not beat(rx, Gate.moving, 10)
@@ -703,6 +705,23 @@ def test_what_renews_which_gate() -> None:
     assert rx.session.bytes_done == 12
     rx.feed(inputs.AbortRoom("enough"))
     assert not beat(rx, Gate.moving, 99)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_what_the_sender_said_last_holds_until_it_says_otherwise(opened: bool) -> None:
+    """It says nothing again while nothing is new: a sibling waits for blocks, or the sender's host has no data yet."""
+    rx = Rx()
+    rx.granted()
+    if opened:
+        rx.say(Opened, required=2)
+    gate = Gate.queued if opened else Gate.waiting_blocks
+    rx.feed(inputs.BeatReceived(1, gate, 0, host_alive=True))
+    for _ in range(3):
+        assert "gate" in armed(fire(rx, "gate"))
+        assert not rx.session.state.is_terminal
+    rx.feed(inputs.BeatReceived(1, gate, 0, host_alive=False))
+    fire(rx, "gate")
+    assert rx.session.state is KVPoll.Failed
 
 
 def test_work_that_moves_on_is_no_standstill() -> None:

@@ -428,7 +428,7 @@ def test_parts_until_the_total(total: int, lengths: list[int]) -> None:
                 tx.say(Resume, rank, sent_tokens=sum(lengths[: part + 1]), grant=grant(part + 1))
             tx.feed(inputs.Granted(part + 1, (0, 1), 8))
     assert tx.session.state is S
-    assert tx.session.history == [B, W, *([T] if len(lengths) > 1 else []), S]
+    assert tx.session.history == (B, W, *([T] if len(lengths) > 1 else []), S)
     assert [part.is_last for part in tx.session.parts] == [False] * (len(lengths) - 1) + [True]
 
 
@@ -452,7 +452,7 @@ def test_a_rank_that_says_no_fails_all_at_once_and_is_named() -> None:
     assert said == dict.fromkeys(range(4), (F, 2, "wrong bytes"))
     assert all(outcome.is_last and outcome.quiescent for outcome in outcomes.values())
     assert tx.ack(1) == tx.ack(3) == []
-    assert tx.session.history == [B, W, F]
+    assert tx.session.history == (B, W, F)
 
 
 def test_no_outcome_says_quiescent_while_a_write_is_in_flight() -> None:
@@ -559,6 +559,73 @@ def test_a_grant_for_the_next_part_is_given_back_until_all_ranks_have_granted() 
     assert not sent(tx.say(Withdraw, 0, part=1), Withdrawn)[0].ok
 
 
+# Grants for the next part that come early
+
+
+def granted_early(tx: Tx, *ranks: int) -> Tx:
+    """All ranks know that part 0 has landed; these have granted part 1 as well."""
+    for rank in range(tx.ranks):
+        tx.written(rank)
+    for rank in ranks:
+        assert tx.say(Resume, rank, sent_tokens=0, grant=grant(1)) == []
+    return tx
+
+
+def test_the_next_part_begins_with_the_outcome_if_it_was_granted_before() -> None:
+    tx = granted_early(Tx().opened(), 0)
+    assert kinds(tx.ack()) == ["PartOutcome", "Release", "Grant", "SetTimer"]
+    assert tx.session.history == (B, W, T)
+    assert first(tx.feed(inputs.Granted(1, (3,), 8)), StartPart).offset == 8
+
+
+def test_a_rank_that_grants_early_waits_for_one_that_does_not() -> None:
+    tx = granted_early(Tx(ranks=2).opened(), 0)
+    tx.ack(0)
+    assert not [c for c in tx.ack(1) if isinstance(c, Grant)]
+    assert tx.session.gate is Gate.waiting_resume
+    assert [c for c in tx.say(Resume, 1, sent_tokens=8, grant=grant(1)) if isinstance(c, Grant)] == [Grant(1, 2)]
+
+
+def test_an_early_grant_may_be_taken_back_while_its_turn_has_not_come() -> None:
+    tx = granted_early(Tx().opened(), 0)
+    assert sent(tx.say(Withdraw, part=1), Withdrawn)[0].ok
+    assert not sent(tx.say(Withdraw, part=1), Withdrawn)[0].ok
+    tx.ack()
+    assert tx.session.gate is Gate.waiting_resume
+    assert [c for c in tx.say(Resume, sent_tokens=8, grant=grant(1)) if isinstance(c, Grant)]
+
+
+def test_an_early_grant_changes_nothing_for_the_part_under_way() -> None:
+    """It offers another transport: that is reached before the next part, and the record names the one that was used."""
+    tx = Tx(transports=("a", "b"))
+    tx.reserve(granted=grant(transports=("a",)))
+    tx.preflight(transport="a")
+    tx.supply(20)
+    tx.feed(inputs.Granted(0, (1, 0), 8))
+    tx.written(transport="a")
+    assert tx.say(Resume, sent_tokens=0, grant=grant(1, transports=("b",))) == []
+    assert Preflight(0, 10, "b") in tx.ack()
+    assert tx.session.parts[0].transport == "a"
+    assert tx.session.gate is Gate.waiting_resume
+    assert [c for c in tx.preflight(transport="b") if isinstance(c, Grant)] == [Grant(1, 2)]
+
+
+def test_an_early_grant_without_a_transport_fails_the_room_at_its_turn() -> None:
+    tx = Tx()
+    tx.opened().written()
+    tx.say(Resume, sent_tokens=0, grant=grant(1, transports=("b",)))
+    tx.ack()
+    assert tx.session.failure is not None
+    assert tx.session.failure.code is FailureCode.TransportUnavailable
+
+
+def test_an_early_grant_means_nothing_in_flight_at_the_end() -> None:
+    tx = granted_early(Tx().opened(), 0)
+    aborts = sent(tx.feed(inputs.AbortRoom("enough")), Abort)
+    assert aborts[0].quiescent
+    assert tx.session.quiescent
+
+
 # What a peer must not do
 
 
@@ -580,6 +647,15 @@ def resuming(tx: Tx) -> Tx:
     return tx
 
 
+def early(tx: Tx) -> Tx:
+    return granted_early(tx.opened(), 0)
+
+
+def last(tx: Tx) -> Tx:
+    tx.opened(8).written()
+    return tx
+
+
 def resumed(tx: Tx) -> Tx:
     resuming(tx).say(Resume, sent_tokens=8, grant=grant(1))
     return tx
@@ -591,6 +667,12 @@ IMPOSSIBLE: dict[str, tuple[Any, type[Any], dict[str, Any]]] = {
     "an ack of another part": (reported, PartAck, {"part": 1}),
     "an ack after the outcome": (resuming, PartAck, {"part": 0}),
     "a resume before the outcome": (reported, Resume, {"sent_tokens": 8, "grant": grant(1)}),
+    "an early grant before its part's report": (moving, Resume, {"sent_tokens": 0, "grant": grant(1)}),
+    "an early grant for the part under way": (reported, Resume, {"sent_tokens": 0, "grant": grant(0)}),
+    "an early grant for the part after the next": (reported, Resume, {"sent_tokens": 0, "grant": grant(2)}),
+    "an early grant after the last part": (last, Resume, {"sent_tokens": 0, "grant": grant(1)}),
+    "two early grants": (early, Resume, {"sent_tokens": 0, "grant": grant(1)}),
+    "a third grant": (early, Resume, {"sent_tokens": 0, "grant": grant(2)}),
     "a resume before the start": (waiting, Resume, {"sent_tokens": 0, "grant": grant(0)}),
     "a resume for another part": (resuming, Resume, {"sent_tokens": 8, "grant": grant(2)}),
     "a resume at another token": (resuming, Resume, {"sent_tokens": 7, "grant": grant(1)}),
@@ -709,7 +791,7 @@ def test_the_first_failure_stays() -> None:
     tx.ack(0, bad())
     assert tx.session.failure is not None
     assert tx.session.failure.detail == "first"
-    assert tx.session.history == [B, W, F]
+    assert tx.session.history == (B, W, F)
     assert tx.session.late_events == 3  # the abort, the lost peer, the crash
 
 
@@ -843,7 +925,11 @@ def test_receivers_that_wait_for_blocks_keep_the_room_and_each_other_waiting() -
     beat = inputs.BeatReceived(1, Gate.waiting_blocks, 0, host_alive=True)
     assert armed(tx.feed(beat)) == {"gate": 1}
     assert tx.session.told_gate is Gate.waiting_blocks
-    assert armed(tx.feed(inputs.BeatReceived(1, Gate.waiting_blocks, 0, host_alive=False))) == {}
+    for _ in range(3):  # what it said last holds
+        assert "gate" in armed(fire(tx))
+    silent = inputs.BeatReceived(1, Gate.waiting_blocks, 0, host_alive=False)
+    assert "gate" in armed(tx.feed(silent))  # the clock begins where the good news ends
+    assert armed(tx.feed(silent)) == {}
     assert tx.session.told_gate is Gate.waiting_ranks
     tx.feed(beat)
     tx.reserve(1)

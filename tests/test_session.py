@@ -65,15 +65,15 @@ def session() -> Plain:
 
 
 def test_a_room_starts_with_two_clocks(session: Plain) -> None:
-    assert session.started == [SetTimer("room", 5, 1), SetTimer("gate", 1, 1)]  # type: ignore[attr-defined]
+    assert session.started == [SetTimer("room", 5, 1), SetTimer("gate", 1, 2)]  # type: ignore[attr-defined]
     assert session.timed
-    assert session.history == [KVPoll.Bootstrapping]
+    assert session.history == (KVPoll.Bootstrapping,)
     assert session.told_gate is Gate.waiting_ranks
 
 
 def test_a_new_gate_starts_its_clock_anew(session: Plain) -> None:
-    assert session.feed(RevokeGrant()) == [SetTimer("gate", 2, 2)]
-    assert session.feed(TimerFired("gate", 1)) == []
+    assert session.feed(RevokeGrant()) == [SetTimer("gate", 2, 3)]
+    assert session.feed(TimerFired("gate", 2)) == []
     assert session.state is KVPoll.WaitingForInput
 
 
@@ -89,7 +89,7 @@ def test_the_end_stops_all_clocks(session: Plain) -> None:
     [("gate", "waiting_ranks for 1 s: nothing in particular"), ("room", "the room outlived 5 s")],
 )
 def test_each_clock_ends_the_room(session: Plain, timer: str, detail: str) -> None:
-    session.feed(TimerFired(timer, 1))
+    session.feed(TimerFired(timer, {"room": 1, "gate": 2}[timer]))
     assert session.failure == Failure(FailureCode.DeadlinePassed, 3, KVPoll.Bootstrapping, True, detail)
     assert session.told == [session.failure]
 

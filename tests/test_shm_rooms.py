@@ -10,6 +10,7 @@ import pytest
 
 from kvpoll_fsm import BlockPool, Endpoint, Field, KVPoll, Layout, TransportUnavailable
 from kvpoll_shm import hosts
+from tests.helpers import in_process
 
 LAYOUT = Layout(4, [Field("x", "int64", (5,)), Field("ids", "int32"), Field("aux", "int8", (3,), per_room=True)])
 DATA: dict[str, Any] = {
@@ -20,7 +21,9 @@ DATA: dict[str, Any] = {
 
 
 def endpoint(policy: str, adopted: bool = False, **settings: Any) -> Endpoint:
-    return Endpoint(pool=adopted_pool() if adopted else BlockPool(LAYOUT, 16), transports=policy, **settings)
+    isolation = "process" if in_process() and not adopted else "thread"
+    pool = adopted_pool() if adopted else BlockPool(LAYOUT, 16)
+    return Endpoint(pool=pool, transports=policy, isolation=isolation, **settings)
 
 
 def adopted_pool() -> BlockPool:
@@ -106,12 +109,14 @@ def test_an_engine_s_own_memory_can_be_received_into() -> None:
         assert np.array_equal(rx.pool.view("x")[3:16].reshape(-1, 5)[:32], DATA["x"][:32])
 
 
+@pytest.mark.inside
 def test_a_peer_on_another_host_is_reached_by_the_next_transport(rx: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "boot_id", lambda: "another")
     with endpoint("prefer:shm,tcp") as tx:
         assert carry(tx, rx) == ["tcp"] * 4
 
 
+@pytest.mark.inside
 def test_where_it_cannot_start_the_next_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise OSError("no /proc")

@@ -16,8 +16,8 @@ from tests.worlds import BLOCK, BLOCKS, CAPACITY, Transfer, end, rest, run_until
 SIZES = {1: 1, 127: 1, 128: 1, 500: 1, 1023: 1, 1024: 1, 1025: 2, 2000: 2, 2048: 2, 5000: 5}
 """Parts over a grant of 1,024 tokens, by tokens of the room."""
 STATES = {
-    1: [KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Success],
-    2: [KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Transferring, KVPoll.Success],
+    1: (KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Success),
+    2: (KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Transferring, KVPoll.Success),
 }
 
 

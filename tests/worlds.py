@@ -33,6 +33,7 @@ class Transfer:
     resume: str = "drain"
     dummies: tuple[int, ...] = ()
     blocks: int = BLOCKS
+    windows: tuple[int, ...] = ()
     room: int = ROOM
     required: int | None = None
     sender: RoomKey | None = None
@@ -45,7 +46,9 @@ class Transfer:
 
     def open_receiver(self, rank: int = 0) -> None:
         blocks = 0 if rank in self.dummies else self.blocks
-        self.receivers[rank] = self.world.open_receiver(f"r{rank}", self.room, rank, self.ranks, blocks, self.resume)
+        window = self.windows[rank] if rank < len(self.windows) else 1
+        shape = (self.room, rank, self.ranks, blocks, self.resume)
+        self.receivers[rank] = self.world.open_receiver(f"r{rank}", *shape, window=window)
 
     def open_receivers(self) -> None:
         for rank in range(self.ranks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -31,8 +32,10 @@ SETUP_S = 30.0
 
 def main(fd: int) -> int:
     """Serve one host until it closes the endpoint, or ends. Returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the host; what becomes of us follows from that
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the host, from which ours follows
         signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every result and every peer takes some
     pipe: Pipe[frames.Command] = Pipe(socket.socket(fileno=fd), frames.Command)
     setup = _first(pipe)
     if setup is None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -92,7 +93,7 @@ class ProcessEngine:
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._ended: str | None = None
         self._closing = threading.Event()
-        self._results = SharedResults(self._free)
+        self._results = SharedResults(lambda segment: None)
 
     # Start and end
 
@@ -160,12 +161,12 @@ class ProcessEngine:
         """Soon."""
         view.side = "sender"
         number = _number(view)
-        self._open(view, frames.OpenSender(number, view.room, view.tag, required_ranks, str(policy)))
+        self._open(view, frames.OpenSender(number, view.room, _sayable(view.tag), required_ranks, str(policy)))
 
     def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
         """Soon."""
         view.side = "receiver"
-        place = (_number(view), view.room, view.rank, view.tag, str(order.peer))
+        place = (_number(view), view.room, view.rank, _sayable(view.tag), str(order.peer))
         self._open(view, frames.OpenReceiver(*place, order.ranks, order.blocks, order.resume, order.window))
 
     def supply(self, view: RoomView, source: RoomSource, supplied: Supplied) -> None:
@@ -177,7 +178,7 @@ class ProcessEngine:
 
     def abort(self, view: RoomView, detail: str) -> None:
         """Soon."""
-        self._order(view, frames.Abort(_number(view), detail))
+        self._order(view, frames.Abort(_number(view), _sayable(detail)))
 
     def clear(self, view: RoomView) -> None:
         """Soon."""
@@ -239,10 +240,13 @@ class ProcessEngine:
         if not mover.pipe.flush():
             os.eventfd_write(self._wake, 1)  # the listener sends the rest
 
-    def _free(self, segment: int) -> None:
-        """The host has no array over a segment any more."""
-        if self._ended is None and not self.forked:
-            self._post(frames.Free(segment))
+    def _free(self, mover: Launched, segment: int) -> None:
+        """The host has no array over a segment of this mover any more; another's segments have the same numbers."""
+        if self.forked:  # the lock may be held for ever here
+            return
+        with self._lock:
+            if self.mover is mover:
+                self._post(frames.Free(segment))
 
     # Listening
 
@@ -268,6 +272,7 @@ class ProcessEngine:
         mover = self.mover
         if mover is None:
             return "it was never there"
+        self._results = SharedResults(partial(self._free, mover))
         try:
             while not mover.pipe.ended:
                 mover.pipe.wait(SIGN_S, self._wake)
@@ -394,6 +399,11 @@ def _address(buffer: memoryview) -> int:
     return address
 
 
+def _sayable(text: str) -> str:
+    """Text that can be encoded: without halves of characters."""
+    return text.encode(errors="replace").decode()
+
+
 def _needs_thread() -> InvalidInput:
     return InvalidInput("memory of the engine's own needs isolation='thread'")
 
@@ -412,4 +422,5 @@ def _fail_all(views: dict[int, HostView], code: FailureCode, detail: str) -> Non
             rank = view.rank if view.side == "receiver" else None
             view.fail(Failure.of(code, detail, state=view.state, rank=rank))
             log_end(view)
+        view.source = None
         view.settle()

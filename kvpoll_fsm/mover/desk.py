@@ -6,9 +6,10 @@ Used by the driver's thread alone, but for `destination` and the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -18,12 +19,13 @@ from kvpoll_fsm.driver import Driver
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover import frames
-from kvpoll_fsm.mover.frames import Command, Event
+from kvpoll_fsm.mover.frames import Command
 from kvpoll_fsm.mover.memory import HostSource
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.results import Held, Results
 from kvpoll_fsm.mover.views import MoverView
 from kvpoll_fsm.outgoing import RoomSource, StagedElsewhere
+from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.staging import Destination
@@ -33,6 +35,7 @@ __all__ = ["Desk", "Host", "LogToHost"]
 
 log = logging.getLogger("kvpoll_fsm")
 Then = Callable[[Exception | None], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Desk:
 
     def end_turn(self) -> None:
         """Tell the host what is new."""
-        if self._changed:
+        if self._changed or self._results.has_unsaid:
             changed, self._changed = self._changed, {}
             self._tell(list(changed.values()))
         self._pipe.flush()
@@ -140,7 +143,7 @@ class Desk:
         self._requests.open_receiver(view, order)
 
     def _view(self, number: int, room: int, rank: int, tag: str) -> MoverView:
-        view = self._views[number] = MoverView(self._table, number, self._seen, room, rank, tag)
+        view = self._views[number] = MoverView(self._table, number, self, room, rank, tag)
         return view
 
     def _supply(self, command: frames.Supply) -> None:
@@ -188,23 +191,21 @@ class Desk:
 
     # Telling
 
-    def _seen(self, view: MoverView) -> None:
+    def seen(self, view: MoverView) -> None:
         """Note a view that has something to tell: its end, its quiescence, or another part."""
         settled = view.state.is_terminal or view.quiescent
         if (settled and (view.state, view.quiescent, view.over) != view.sent) or len(view.parts) != view.parts_told:
             self._changed[view.number] = view
 
     def _tell(self, views: list[MoverView]) -> None:
-        changes: list[Event] = [self._change(view) for view in views]
         segments = self._results.unsaid()
-        rows = [(view, view.state, view.parts_told) for view in views]
-        fds = [fd for _, fds in segments for fd in fds]
-
-        def sent() -> None:
-            for view, state, parts in rows:
-                view.write(state, parts)
-
-        self._pipe.send([*(event for event, _ in segments), *changes], fds, sent)
+        for some in _pieces(segments):
+            self._pipe.send([event for event, _ in some], [fd for _, fds in some for fd in fds])
+        for these in _pieces(views):
+            changes = [self._change(view) for view in these]
+            # The host may give the place of one that is over to another room: what it was told is all there is.
+            rows = [(view, view.state, view.parts_told) for view in these if not view.over]
+            self._pipe.send(changes, [], partial(_write, rows))
 
     def _change(self, view: MoverView) -> frames.Changed:
         parts, view.parts_told = view.parts[view.parts_told :], len(view.parts)
@@ -236,6 +237,19 @@ class Desk:
         self._tell(list(changed.values()))
 
 
+def _pieces(items: list[T]) -> Iterator[list[T]]:
+    """A list in pieces of what one frame takes."""
+    return (items[at : at + MOST_ROWS] for at in range(0, len(items), MOST_ROWS))
+
+
+def _write(rows: list[tuple[MoverView, KVPoll, int]]) -> None:
+    """Show what the host has been told."""
+    for view, state, parts in rows:
+        view.write(state, parts)
+
+
+MOST_ROWS = 200
+"""Most rooms, or descriptors, in one frame: the kernel takes 253 descriptors."""
 LAST_WORDS_S = 5.0
 """How long a host that does not read keeps a mover that ends."""
 

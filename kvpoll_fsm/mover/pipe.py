@@ -46,7 +46,8 @@ class Pipe(Generic[M]):
     """One end. `post` and `flush` are for any thread and for signal handlers, `read` for one thread.
 
     Attributes:
-        ended: The other side is gone.
+        fds: Descriptors that have arrived, for whoever reads to take over.
+        ended: The other side is gone, and all that it has sent was read.
     """
 
     def __init__(self, sock: socket.socket, messages: Any) -> None:
@@ -65,15 +66,21 @@ class Pipe(Generic[M]):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(list[messages])
         self.fds: deque[int] = deque()
-        self.ended = False
+        self.ended = self._deaf = False
 
     def fileno(self) -> int:
         """Readable when there is something to read."""
         return self._socket.fileno()
 
     def post(self, message: Any) -> None:
-        """Leave a message for the next `flush`."""
-        self._queue.append(message)
+        """Leave a message for the next `flush`.
+
+        Raises:
+            TypeError, ValueError: It cannot be encoded; others are not affected.
+        """
+        self._queue.append(msgspec.Raw(self._encoder.encode(message)))
+        if self._deaf:
+            self._queue.clear()
 
     @property
     def waiting(self) -> bool:
@@ -90,9 +97,9 @@ class Pipe(Generic[M]):
                 return True
             try:
                 if self._queue:
-                    self._pack([], None)
+                    self._pack_posted()
                 if not self._send():
-                    return self.ended
+                    return self._deaf
             finally:
                 self._flushing.release()
         return True
@@ -102,10 +109,9 @@ class Pipe(Generic[M]):
 
         Only where one thread uses the pipe. The descriptors are taken over, and closed once they have left.
         """
-        if self._queue:
-            self._pack([], None)
-        self._queue.extend(messages)
-        self._pack(fds, sent)
+        while self._queue:
+            self._pack_posted()
+        self._pack(messages, fds, sent)
         self.flush()
 
     def read(self) -> list[M]:
@@ -160,17 +166,20 @@ class Pipe(Generic[M]):
             os.close(self.fds.popleft())
 
     def _forget(self) -> None:
-        """The other side will not hear what is left."""
-        self.ended = True
+        """The other side will not hear what is left; what it has said before may still be read."""
+        self._deaf = True
         self._queue.clear()
         while self._frames:
             _close_all(self._frames.popleft().fds)
 
-    def _pack(self, fds: list[int], sent: Callable[[], None] | None) -> None:
+    def _pack_posted(self) -> None:
         """Make a frame of what has been posted."""
         messages: list[Any] = []
         while self._queue and len(messages) < _MOST_MESSAGES:
             messages.append(self._queue.popleft())
+        self._pack(messages, [], None)
+
+    def _pack(self, messages: Sequence[Any], fds: list[int], sent: Callable[[], None] | None) -> None:
         body = self._encoder.encode(messages)
         self._frames.append(_Frame(memoryview(_LENGTH.pack(len(body)) + body), fds, sent))
 

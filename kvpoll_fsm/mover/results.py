@@ -100,6 +100,11 @@ class Results:
                 self._free_nbytes += size
                 self._free.setdefault(size, []).append(number)
 
+    @property
+    def has_unsaid(self) -> bool:
+        """There is something that the host has to hear."""
+        return bool(self._unsaid)
+
     def unsaid(self) -> list[tuple[Event, list[int]]]:
         """What the host has to hear before it hears of a room, and the descriptors that go with it."""
         with self._lock:
@@ -134,12 +139,16 @@ class SharedResults:
     def __init__(self, free: Callable[[int], None]) -> None:
         """Store `free`, which is called, in any thread, with a segment that has no array any more."""
         self._free = free
-        self._mapped: dict[int, mmap.mmap] = {}
+        self._mapped: dict[int, Mapped] = {}
 
     def add(self, number: int, nbytes: int, fd: int) -> None:
-        """Map a segment; takes over `fd`."""
+        """Map a segment; takes over `fd`.
+
+        Raises:
+            OSError: It cannot be mapped.
+        """
         try:
-            self._mapped[number] = mmap.mmap(fd, nbytes)
+            self._mapped[number] = Mapped(fd, nbytes)
         finally:
             os.close(fd)
 
@@ -156,9 +165,43 @@ class SharedResults:
         if not number:
             return bytearray(inline)
         segment = self._mapped[number]
-        memory = (ctypes.c_char * len(segment)).from_buffer(segment)
-        weakref.finalize(memory, self._free, number).atexit = False
+        memory = segment.array()
+        weakref.finalize(memory, self._done, segment, number).atexit = False
         return memory
+
+    def _done(self, segment: Mapped, number: int) -> None:
+        """Nothing uses a room's data any more: `segment` was kept for them."""
+        self._free(number)
+
+
+class Mapped:
+    """Shared memory that is mapped without a file descriptor: a host may keep results by the thousand."""
+
+    __slots__ = ("__weakref__", "_address", "nbytes")
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Map `fd`, which stays the caller's.
+
+        Raises:
+            OSError: It cannot be mapped.
+        """
+        address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), f"mmap of {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
+        self._address = address
+        self.nbytes = nbytes
+        weakref.finalize(self, _libc.munmap, address, nbytes).atexit = False
+
+    def array(self) -> Any:
+        """Its bytes, which do not keep it alive."""
+        return (ctypes.c_char * self.nbytes).from_address(self._address)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
 
 
 def arrays(layout: Layout, total_tokens: int, memory: Any, kind: Kind) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from kvpoll_fsm.arrays import Kind
 from kvpoll_fsm.layout import Layout
@@ -18,6 +17,7 @@ __all__ = ["HostView", "MoverView"]
 
 CATCH_UP_S = 30.0
 """Longest wait for word that is on its way."""
+_UNTOLD: tuple[KVPoll, bool, bool] = (KVPoll.Bootstrapping, False, False)
 _BY_NUMBER = {int(state): state for state in KVPoll}
 
 
@@ -88,6 +88,14 @@ class HostView(RoomView):
         return dict(self.data or {})
 
 
+class Teller(Protocol):
+    """Who tells the host."""
+
+    def seen(self, view: MoverView) -> None:
+        """A view has changed."""
+        ...
+
+
 class MoverView(RoomView):
     """The mover's side: writes the table, and notes that there is something to tell.
 
@@ -96,15 +104,13 @@ class MoverView(RoomView):
         parts_told: How many parts the host has heard of.
     """
 
-    __slots__ = ("_seen", "parts_told", "sent")
+    __slots__ = ("_teller", "parts_told", "sent")
 
-    def __init__(
-        self, table: StatusTable, number: int, seen: Callable[[MoverView], None], room: int, rank: int, tag: str
-    ) -> None:
+    def __init__(self, table: StatusTable, number: int, teller: Teller, room: int, rank: int, tag: str) -> None:
         super().__init__(table, number, room, rank, tag)
         self.parts_told = 0
-        self.sent: tuple[KVPoll, bool, bool] = (KVPoll.Bootstrapping, False, False)
-        self._seen = seen
+        self.sent = _UNTOLD
+        self._teller = teller
 
     def show(self, state: KVPoll, *, wake: bool = False) -> None:
         """Write what nothing else belongs to; for the rest, see `write`."""
@@ -114,7 +120,7 @@ class MoverView(RoomView):
         table.bytes_done[number] = self.bytes_done
         if state is KVPoll.WaitingForInput:
             table.states[number] |= 1 << state
-        self._seen(self)
+        self._teller.seen(self)
 
     def write(self, state: KVPoll, parts: int) -> None:
         """Write a state, and how many parts have an outcome; the host has been sent all that belongs to it."""

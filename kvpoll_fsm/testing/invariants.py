@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvpoll_fsm.commands import HeldPart
@@ -76,12 +77,18 @@ def check_host_empty(host: Host) -> None:
 
 
 def check_blocks(host: Host) -> None:
-    """Every block is in exactly one place, and only leases of living rooms hold any."""
+    """Every block is in exactly one place, only living rooms hold any, and those that drain no more than they may."""
     load = host.core.load()
     assert load.free + load.leased + load.quarantined == load.total, f"{host.name}: {load}"
+    lots: Counter[RoomKey] = Counter()
     for lease in host.core.accounts.leases():
         key = RoomKey(lease.side, lease.room, lease.rank, lease.generation)
         assert key in host.core.sessions, f"{host.name}: {lease} outlives its room"
+        lots[key] += 1
+    for key, held in lots.items():
+        session = host.core.sessions[key]
+        if isinstance(session, ReceiverSession) and session.options.resume == "drain":
+            assert held <= session.options.window, f"{host.name}: {key} holds blocks for {held} parts"
     for token in host.exposed:
         key, part, _ = host.granted[token]
         assert host.core.accounts.holds(lease_of(key, part)), f"{host.name}: part {part} of {key} is exposed"
@@ -144,7 +151,7 @@ def check_success(world: World, incarnation: bytes, key: RoomKey, session: Sessi
 
 
 def check_bytes(
-    world: World, life: tuple[bytes, RoomKey], sender: tuple[bytes, RoomKey], parts: list[PartRecord]
+    world: World, life: tuple[bytes, RoomKey], sender: tuple[bytes, RoomKey], parts: Sequence[PartRecord]
 ) -> None:
     """A receiver that acknowledged everything has every byte; a dummy has none, an engine has its own."""
     session = world.lives[life]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.lifecycle import TABLE
@@ -29,12 +31,22 @@ def broken_law(universe: Universe) -> str:
         if problem:
             return problem
     for node in universe.nodes.values():
-        problem = _blocks(node)
+        problem = _blocks(node) or _windows(node)
         for key, session in node.core.sessions.items():
             problem = problem or _session(key, session)
         if problem:
             return f"{node.name}: {problem}"
-    return _standstill(universe)
+    return _two_parts_at_once(universe) or _standstill(universe)
+
+
+def _two_parts_at_once(universe: Universe) -> str:
+    """A part is on its way to a rank although writes of an earlier one may land there still."""
+    moving: dict[tuple[int, RoomKey, int], int] = {}
+    for ticket in universe.tickets:
+        place, part = (ticket.source, ticket.key, ticket.target.rank), ticket.command.part
+        if moving.setdefault(place, part) != part:
+            return f"{ticket.key}: parts {moving[place]} and {part} are both on their way to rank {ticket.target.rank}"
+    return ""
 
 
 def _standstill(universe: Universe) -> str:
@@ -79,6 +91,17 @@ def _blocks(node: Node) -> str:
     load = node.core.load()
     if load.free + load.leased + load.quarantined != load.total:
         return f"blocks lost or doubled: {load}"
+    return ""
+
+
+def _windows(node: Node) -> str:
+    """A receiver that drains holds blocks for as many parts as its window allows."""
+    leases = node.core.accounts.leases()
+    lots = Counter(RoomKey(lease.side, lease.room, lease.rank, lease.generation) for lease in leases)
+    receivers = {key: s.options for key, s in node.core.sessions.items() if isinstance(s, ReceiverSession)}
+    for key, options in receivers.items():
+        if options.resume == "drain" and lots[key] > options.window:
+            return f"{key}: holds blocks for {lots[key]} parts, its window is {options.window}"
     return ""
 
 

@@ -52,7 +52,9 @@ class Scene:
         source_pool: Blocks of the sender.
         transports: Those both sides have, best first.
         resume: "drain" or "extend".
+        windows: Of each rank, how many grants it may have out at a time; 1 for those not named.
         dummies: Ranks that hold no data.
+        checksums: Writers report checksums, so receivers compare them before they acknowledge a part.
         faults: How many of which kind.
         ordered: Rooms are opened in one order only, which gives the pools of even and odd ranks to
             different rooms.
@@ -67,12 +69,18 @@ class Scene:
     source_pool: int = 1
     transports: tuple[str, ...] = ("a",)
     resume: str = "drain"
+    windows: tuple[int, ...] = ()
     dummies: tuple[int, ...] = ()
     faults: Budget = field(default_factory=Budget)
     opened: bool = False
     ordered: bool = False
+    checksums: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.ranks, len(self.rooms), self.parts, self.pool, self.source_pool, len(self.transports))
         if not all(1 <= size <= 64 for size in sizes):
             raise ValueError(f"{self.name!r}: each of ranks, rooms, parts, blocks and transports is 1 to 64")
+
+    def window(self, rank: int) -> int:
+        """How many grants a rank may have out at a time."""
+        return self.windows[rank] if rank < len(self.windows) else 1

@@ -6,6 +6,8 @@ from kvpoll_fsm.testing.scene import Budget, Scene
 
 __all__ = ["FULL", "QUICK"]
 
+LATE, ABORT, CRASH = Budget(late=1), Budget(abort=1), Budget(crash=1)
+
 QUICK: tuple[Scene, ...] = (
     Scene("two parts", parts=2),
     Scene("two ranks, two parts", ranks=2, parts=2),
@@ -23,6 +25,10 @@ QUICK: tuple[Scene, ...] = (
     Scene("taken for lost, and a late write", parts=2, faults=Budget(part=1, late=1)),
     Scene("the next transport", parts=2, transports=("a", "b"), faults=Budget(late=1)),
     Scene("used again", faults=Budget(reopen=1)),
+    Scene("a second grant", parts=3, pool=2, windows=(2,)),
+    Scene("a second grant from one of two ranks", ranks=2, parts=3, pool=2, windows=(2, 1), opened=True),
+    Scene("a second grant, an abort", parts=3, pool=2, windows=(2,), checksums=True, faults=Budget(abort=1)),
+    Scene("a second grant asked back", rooms=(2, 1), parts=2, pool=2, windows=(2,), ordered=True, checksums=True),
 )
 
 FULL: tuple[Scene, ...] = (
@@ -70,4 +76,20 @@ FULL: tuple[Scene, ...] = (
     Scene("a dummy rank, a crash", ranks=2, parts=2, dummies=(1,), faults=Budget(crash=1)),
     Scene("two crashes", parts=2, faults=Budget(crash=2)),
     Scene("three losses", parts=2, faults=Budget(lose=3, repeat=1)),
+    Scene("no second grant to be had", parts=3, windows=(2,)),
+    Scene("a second grant, a loss", parts=3, pool=2, windows=(2,), faults=Budget(lose=1, repeat=1)),
+    Scene("a second grant, a failed write", parts=3, pool=2, windows=(2,), faults=Budget(fail=1)),
+    Scene("a second grant, a deadline", parts=3, pool=2, windows=(2,), faults=Budget(deadline=1)),
+    Scene("a second grant, a crash", parts=3, pool=2, windows=(2,), faults=Budget(crash=1)),
+    Scene("a second grant, a late write and an abort", parts=2, pool=2, windows=(2,), faults=Budget(late=1, abort=1)),
+    Scene("a second grant, a late write, and lost", parts=2, pool=2, windows=(2,), faults=Budget(late=1, part=1)),
+    Scene("a second grant, the next transport", parts=2, pool=2, windows=(2,), transports=("a", "b"), faults=LATE),
+    Scene("a second grant, used again", parts=2, pool=2, windows=(2,), faults=Budget(reopen=1)),
+    Scene("a second grant, three blocks for two rooms", rooms=(1, 2), parts=2, pool=3, windows=(2,), ordered=True),
+    Scene("asked back from three parts", rooms=(2, 1), parts=3, pool=2, windows=(2,), ordered=True, checksums=True),
+    Scene("second grants from two ranks", ranks=2, parts=2, pool=2, windows=(2, 2), opened=True),
+    Scene("second grants, a loss", ranks=2, parts=2, pool=2, windows=(2, 2), faults=Budget(lose=1), opened=True),
+    Scene("second grants, a failure", ranks=2, parts=2, pool=2, windows=(2, 2), faults=Budget(fail=1), opened=True),
+    Scene("a second grant, a dummy, an abort", ranks=2, parts=2, pool=2, windows=(2,), dummies=(1,), faults=ABORT),
+    Scene("a second grant, a dummy, a crash", ranks=2, parts=2, pool=2, windows=(2,), dummies=(1,), faults=CRASH),
 )

@@ -231,10 +231,11 @@ class _Draw:
             after_s, think_s = (
                 (0.0, 0.0) if hurry else (self._hesitation(), round(dice.expovariate(1.0) * self.pace, 3))
             )
-            ranks.append(Rank(machine.name, blocks, resume, after_s, think_s))
+            window = dice.choice([1, 2]) if resume == "drain" else 1
+            ranks.append(Rank(machine.name, blocks, resume, after_s, think_s, window))
         if not any(rank.blocks for rank in ranks):
             first = ranks[0]
-            ranks[:] = [Rank(first.host, 1, first.resume, first.after_s, first.think_s)]
+            ranks[:] = [replace(first, blocks=1)]
         return tuple(ranks)
 
     def _hesitation(self) -> float:

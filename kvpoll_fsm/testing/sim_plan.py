@@ -61,6 +61,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: Of each grant; 0 for a dummy.
         resume: "drain", "extend" or "manual".
         think_s: How long its engine takes to call resume() or to be done with a part (`manual`).
+        window: Grants it may have out at a time ("drain": 1 or 2).
     """
 
     host: str
@@ -68,6 +69,7 @@ class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume: str = "drain"
     after_s: float = 0.0
     think_s: float = 0.0
+    window: int = 1
 
 
 class _Timed(msgspec.Struct, frozen=True, tag=str.lower, tag_field="event", forbid_unknown_fields=True):

@@ -145,9 +145,8 @@ class Rooms:
             return self.world.clock.after(RETRY_S, ANSWER, lambda: self._receiver_comes(plan, number))
         ranks = len(plan.ranks)
         try:
-            key = self.world.open_receiver(
-                host.name, plan.room, number, ranks, rank.blocks, rank.resume, exact, peer=plan.sender
-            )
+            shape = (ranks, rank.blocks, rank.resume, exact)
+            key = self.world.open_receiver(host.name, plan.room, number, *shape, window=rank.window, peer=plan.sender)
         except (DuplicateRoom, RequestTooLarge):  # the latter where two rooms of one number meet
             self._give_back(host, exact)
             return self._refused(plan)

@@ -110,13 +110,14 @@ class World:
         resume: str = "drain",
         exact: tuple[int, ...] = (),
         *,
+        window: int = 1,
         peer: str = SENDER,
     ) -> RoomKey:
         """Open one receiver rank of a room at endpoint `name`; 0 blocks make it a dummy."""
         host = self.hosts[name]
         conn = host.core.connect(peer)
         host.addresses[conn] = peer
-        options = ReceiverOptions(conn, ranks, len(exact) or blocks, host.block_tokens, resume, exact)
+        options = ReceiverOptions(conn, ranks, len(exact) or blocks, host.block_tokens, resume, exact, window)
         return self._opened(host, host.core.open_receiver(room, rank, options))
 
     def supply(

@@ -29,6 +29,7 @@ from tests.faults.namespaces import enter
 from tests.faults.processes import be_mother
 
 LOOK_S = 0.005
+MOVER = os.environ.get("KVPOLL_TEST_ISOLATION") == "process"
 AUDIT_S = 0.5
 """How often the pools are counted."""
 
@@ -107,6 +108,7 @@ class Program:
             transports="require:tcp",
             listen=f"tcp://{spec['host']}:{spec['port']}",
             insecure=True,
+            isolation="process" if MOVER and not spec["adopt"] else "thread",
             deadlines=Deadlines(**deadlines),
             transport_options={"tcp": {**tcp, "data_ports": (spec["data_port"], spec["data_port"])}},
         ).start()

@@ -1,4 +1,4 @@
-"""The explorer can fail: thirteen bugs of this field, put into the production code one at a time, are all found."""
+"""The explorer can fail: sixteen bugs of this field, put into the production code one at a time, are all found."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvpoll_fsm.core import EndpointCore
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.ledger import Ledger
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.receiver_blocks import ReceiverBlocks
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import Session
@@ -46,7 +47,7 @@ def late_success_wins(patch: Patch) -> None:
     def outcome(self: ReceiverSession, conn: int, message: messages.PartOutcome) -> None:
         if self.state is KVPoll.Failed and message.state is KVPoll.Success:
             self._lifecycle.state = KVPoll.Success
-            self.history.append(KVPoll.Success)
+            self.history = (*self.history, KVPoll.Success)
         else:
             right(self, conn, message)
 
@@ -123,7 +124,7 @@ def resume_resets_the_state(patch: Patch) -> None:
     def resume(self: SenderSession) -> None:
         if self.state is KVPoll.Transferring and self._phase == "idle" and self._all_granted():
             self._lifecycle.state = KVPoll.WaitingForInput
-            self.history.append(KVPoll.WaitingForInput)
+            self.history = (*self.history, KVPoll.WaitingForInput)
             self._try_part()
         else:
             right(self)
@@ -182,6 +183,39 @@ def clear_kills_the_resend(patch: Patch) -> None:
     patch.setattr(EndpointCore, "clear", clear)
 
 
+def second_grant_freed_at_abort(patch: Patch) -> None:
+    right = ReceiverBlocks._on_failed
+
+    def failed(self: ReceiverBlocks) -> None:
+        if self._second.grant is not None:
+            self._give_up_second()
+        right(self)
+
+    patch.setattr(ReceiverBlocks, "_on_failed", failed)
+
+
+def blocks_freed_while_they_are_copied(patch: Patch) -> None:
+    right = ReceiverBlocks._drain
+
+    def drain(self: ReceiverBlocks, held: Any) -> None:
+        copying, self._job = self._job, False
+        right(self, held)
+        self._job = copying
+
+    patch.setattr(ReceiverBlocks, "_drain", drain)
+
+
+def a_third_grant(patch: Patch) -> None:
+    right = ReceiverSession._message_handlers[messages.PartReport]
+
+    def reported(self: ReceiverSession, conn: int, message: messages.PartReport) -> None:
+        right(self, conn, message)
+        if self._phase == "landed" and self._job:
+            self._take_up()
+
+    on_message(patch, ReceiverSession, messages.PartReport, reported)
+
+
 CROSSED = Scene("each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2, ordered=True)
 
 MUTANTS = (
@@ -210,7 +244,7 @@ MUTANTS = (
         "next transport before the first is quiescent",
         next_transport_too_early,
         Scene("m", parts=2, transports=("a", "b"), faults=Budget(late=1)),
-        "does not hold any more",
+        "are both on their way to rank 0",
     ),
     Mutant("resume resets the state", resume_resets_the_state, Scene("m", parts=2), "moved from Transferring"),
     Mutant("ack dropped", dropped_messages_stay_lost, Scene("m", faults=Budget(lose=1)), NO_END),
@@ -227,6 +261,24 @@ MUTANTS = (
         clear_kills_the_resend,
         Scene("m", faults=Budget(reopen=1, lose=1)),
         "could have said so",
+    ),
+    Mutant(
+        "a second grant freed at abort",
+        second_grant_freed_at_abort,
+        Scene("m", parts=3, pool=2, windows=(2,), faults=Budget(abort=1)),
+        "does not hold any more",
+    ),
+    Mutant(
+        "blocks freed while they are copied out",
+        blocks_freed_while_they_are_copied,
+        Scene("m", rooms=(1, 2), parts=2, pool=2, source_pool=2, windows=(2,), ordered=True),
+        "Success, but rank 0 holds",
+    ),
+    Mutant(
+        "a third grant while one part is copied",
+        a_third_grant,
+        Scene("m", parts=3, pool=3, windows=(2,)),
+        "its window is 2",
     ),
 )
 

@@ -54,6 +54,7 @@ class Worker:
     Attributes:
         address: Of the endpoint that was opened last.
         data_port: Where that endpoint's tcp transport really listens, whatever it advertises.
+        movers: The processes that run this one's endpoints.
         may_complain: The test expects something on stderr.
         events: What the process has said of its own accord.
     """
@@ -62,6 +63,7 @@ class Worker:
         self.label = label
         self.address = ""
         self.data_port = 0
+        self.movers: list[int] = []
         self.may_complain = False
         self.events: list[dict[str, Any]] = []
         self._answers: dict[int, dict[str, Any]] = {}
@@ -105,6 +107,7 @@ class Worker:
         """Open the worker's endpoint."""
         opened = self("open", **settings)
         self.address, self.data_port = opened["address"], opened["data_port"]
+        self.movers += [opened["mover"]] if opened["mover"] else []
         return self
 
     def event(self, name: str, timeout_s: float = ANSWER_S) -> Any:
@@ -133,20 +136,31 @@ class Worker:
     # Signals
 
     def kill(self) -> None:
-        """End the process without a word."""
+        """End the process, and its movers, without a word."""
+        self._signal_movers(signal.SIGSTOP)
         self.process.signal(signal.SIGKILL)
         self.process.wait()
+        self._signal_movers(signal.SIGKILL)
+        self.movers.clear()
+
+    def _signal_movers(self, number: signal.Signals) -> None:
+        """To those that have not ended with their endpoints."""
+        for mover in self.movers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(mover, number)
 
     def stop(self) -> None:
-        """Freeze the process, and wait until all of its threads are frozen."""
+        """Freeze the process with its movers, as a machine that hangs does, and wait until all threads are frozen."""
         self.process.signal(signal.SIGSTOP)
+        self._signal_movers(signal.SIGSTOP)
         ends_s = time.monotonic() + ANSWER_S
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+        for thread in [t for pid in (self.process.pid, *self.movers) for t in Path(f"/proc/{pid}/task").iterdir()]:
             while (thread / "stat").read_text().rpartition(")")[2].split()[0] != "T":
                 assert time.monotonic() < ends_s, f"{self.label} does not stop"
 
     def resume(self) -> None:
         """Let a frozen process go on."""
+        self._signal_movers(signal.SIGCONT)
         self.process.signal(signal.SIGCONT)
 
     def exit(self) -> int:

@@ -85,18 +85,22 @@ class Host:
         plan = self.losses[name] = Loss()
         for key, value in (loss or {}).items():
             setattr(plan, key, value)
-        before = _listening()
+        mover = os.environ.get("KVPOLL_TEST_ISOLATION") == "process" and not adopt
+        before = _listening(os.getpid())
         endpoint = Endpoint(
             pool=pool,
             transports="require:tcp",
             deadlines=Deadlines(**(deadlines or {})),
             transport_options={"tcp": tcp or {}},
+            isolation="process" if mover else "thread",
             **settings,
         ).start()
-        losses[endpoint.driver._control] = plan
+        if not mover or loss:
+            losses[endpoint.driver._control] = plan
         self.endpoints[name] = endpoint
-        data_port = (_listening() - before - {endpoint.address.port}).pop()
-        return {"address": str(endpoint.address), "data_port": data_port}
+        pid = endpoint.engine.mover.pid if mover else os.getpid()  # type: ignore[attr-defined]
+        data_port = (_listening(pid) - before - {endpoint.address.port}).pop()
+        return {"address": str(endpoint.address), "data_port": data_port, "mover": pid if mover else 0}
 
     def close(self, name: str = "main") -> None:
         self.endpoints.pop(name).close()
@@ -105,6 +109,7 @@ class Host:
         self.losses.pop(name)
 
     def lose(self, name: str = "main", **plan: Any) -> None:
+        losses[self.endpoints[name].driver._control] = self.losses[name]
         for key, value in plan.items():
             setattr(self.losses[name], key, value)
 
@@ -378,10 +383,11 @@ def _adopted(layout: Layout, blocks: int) -> BlockPool:
     return BlockPool.adopt(layout, arrays)
 
 
-def _listening() -> set[int]:
-    """The ports this process listens on."""
-    own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink() and path.is_socket()}
-    lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+def _listening(pid: int) -> set[int]:
+    """The ports a process listens on."""
+    proc = Path(f"/proc/{pid}")
+    own = {os.readlink(path) for path in (proc / "fd").iterdir() if path.is_symlink() and path.is_socket()}
+    lines = [line.split() for line in (proc / "net/tcp").read_text().splitlines()[1:]]
     return {int(line[1][-4:], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}
 
 

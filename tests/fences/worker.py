@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from kvpoll_common.grants import Grants
 from kvpoll_fsm import registry
 from kvpoll_fsm.handles import Sender
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.spi import Fenced, FenceKind
 from kvpoll_tcp import TcpTransport
-from kvpoll_tcp.grants import Grants
 from kvpoll_tcp.receiver import Reader
 from tests.faults.processes import be_mother
 from tests.faults.worker import LOOK_S, Host, make_data, serve

@@ -10,7 +10,7 @@ import sys
 
 import atheris
 
-WATCHED = ["kvpoll_fsm", "kvpoll_tcp", "tests.fuzz.decoders"]
+WATCHED = ["kvpoll_fsm", "kvpoll_common", "kvpoll_tcp", "kvpoll_shm", "tests.fuzz.decoders"]
 UNWATCHED = [f"kvpoll_fsm.testing.{name}" for name in ("hosts", "invariants", "work", "world")]  # they only host
 
 with atheris.instrument_imports(include=WATCHED, exclude=UNWATCHED, enable_loader_override=False):

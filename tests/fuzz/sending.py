@@ -59,7 +59,7 @@ def posted(choices: Choices) -> dict[int, Job]:
     jobs = {}
     for ticket in range(1 + choices.below(4)):
         writes = [Write(0, 0, 0, choices.pick((1, 100, 4 << 20, 5 << 20))) for _ in range(1 + choices.below(3))]
-        jobs[ticket] = Job(ticket, writes, b"t" * 16)
+        jobs[ticket] = Job(ticket, writes, sum(write.nbytes for write in writes), b"t" * 16)
     return jobs
 
 

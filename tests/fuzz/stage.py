@@ -276,8 +276,10 @@ class Stage(World):
             if not live:
                 break
             for name, key in live:
-                if (key, "gate") in self.hosts[name].timers:
-                    self.fire(name, key, "gate")
+                session = self.session(name, key)  # what was said last holds, and it was perhaps a lie
+                timer = "room" if session._kept_waiting(session.gate) else "gate"
+                if (key, timer) in self.hosts[name].timers:
+                    self.fire(name, key, timer)
         assert not live, f"no deadline ends {self.gates()}"
         for host in self.hosts.values():
             for key in list(host.core.sessions):

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from kvpoll_common.grants import Grants
+from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.spi import Fenced, Range
 from kvpoll_tcp import wire
 from kvpoll_tcp.crew import Crew
-from kvpoll_tcp.grants import Grants
 from kvpoll_tcp.handshake import Descriptor
-from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.receiver import Landing, Listener, Reader
 from kvpoll_tcp.settings import TcpSettings
 from kvpoll_tcp.sockets import Plug
@@ -139,7 +139,7 @@ class Place:
     fences: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.grants = Grants(self.outbox)
+        self.grants = Grants(self.outbox, "tcp")
         self.landing = Landing({at: memoryview(region) for at, region in enumerate(self.regions)}, self.grants)
         self.grant(Range(0, 100, 50))
         self.grant(Range(0, 200, 100), Range(1, 10, 80))
@@ -192,7 +192,7 @@ def expect(stream: bytes, place: Place) -> Expected:
             return result
         magic, kind, flags, index, ticket, nbytes, count, zero, token = HEAD.unpack_from(stream)
         right = (
-            (magic, kind, zero) == (0x564B, 1, 0) and flags in (0, 1) and 1 <= count <= 1023 and 1 <= nbytes <= 4 << 20
+            (magic, kind, zero) == (0x564B, 1, 0) and flags in (0, 1) and 1 <= count <= 1024 and 1 <= nbytes <= 4 << 20
         )
         packed, payload = stream[HEAD.size :][: count * ENTRY.size], stream[HEAD.size + count * ENTRY.size :]
         if not right or len(packed) < count * ENTRY.size:
@@ -259,7 +259,7 @@ def frame(choices: Choices, place: Place) -> bytes:
 
 WRONG: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("nbytes", (0, 1, 4 << 20, (4 << 20) + 1, (1 << 32) - 1)),
-    ("count", (0, 1, 2, 1023, 1024, 0xFFFF)),
+    ("count", (0, 1, 2, 1024, 1025, 0xFFFF)),
     ("magic", (0x564A,)),
     ("kind", (0, 2)),
     ("flags", (0, 2, 255)),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz import decoders, sending, settings, stage, stream
+from tests.fuzz import decoders, sending, settings, shm, stage, stream
 from tests.fuzz.choices import Choices
 from tests.fuzz.mutate import mutate_file, mutate_packet, other_bytes
 
@@ -62,6 +62,9 @@ TARGETS = {
         Target(stream.stranger),
         Target(sending.impostor),
         Target(sending.answers),
+        Target(shm.shm_packet, mutate_packet),
+        Target(shm.shm_descriptor, mutate_packet),
+        Target(shm.shm_order),
         Target(stage.core, most_nbytes=1024, share=5),
     )
 }

@@ -14,6 +14,7 @@ import click
 import msgspec
 import pytest
 
+from kvpoll_common.grants import Grant, Grants
 from kvpoll_fsm import cli_tools, inputs, messages
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.channel import Channel
@@ -24,9 +25,10 @@ from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.trace import decode_line
+from kvpoll_shm import wire as shm_wire
+from kvpoll_shm.copying import Copying
 from kvpoll_tcp import handshake, wire
 from kvpoll_tcp.backlog import Backlog
-from kvpoll_tcp.grants import Grant, Grants
 from tests.fuzz import decoders
 from tests.fuzz.targets import TARGETS, Target
 
@@ -34,14 +36,19 @@ TRIES = 3_000
 Break = tuple[str, Any, str, Any]
 
 
-def admits_one_byte_more(self: Any, region: int, offset: int, nbytes: int) -> bool:
-    starts = self._starts.get(region, [])
-    at = bisect.bisect_right(starts, offset) - 1
-    return at >= 0 and offset + nbytes <= self._ends[region][at] + 1
+def admits_one_byte_more(self: Any, entries: list[tuple[int, int, int]]) -> bool:
+    for region, offset, nbytes in entries:
+        at = bisect.bisect_right(self._starts.get(region, []), offset) - 1
+        if at < 0 or offset + nbytes > self._ends[region][at] + 1:
+            return False
+    return True
 
 
-def admits_what_lies_between(self: Any, region: int, offset: int, nbytes: int) -> bool:
-    return region in self._starts and self._starts[region][0] <= offset and offset + nbytes <= self._ends[region][-1]
+def admits_what_lies_between(self: Any, entries: list[tuple[int, int, int]]) -> bool:
+    return all(
+        region in self._starts and self._starts[region][0] <= offset and offset + nbytes <= self._ends[region][-1]
+        for region, offset, nbytes in entries
+    )
 
 
 def leaves_without_a_word(self: Any, grant: Grant) -> None:
@@ -50,6 +57,10 @@ def leaves_without_a_word(self: Any, grant: Grant) -> None:
 
 def entries_unchecked(self: Any, data: bytes) -> list[Any]:
     return [(region, nbytes, offset) for region, _, nbytes, offset in wire._ENTRY.iter_unpack(data)]
+
+
+def order_unchecked(self: Any) -> list[Any]:
+    return [(region, nbytes, src, dst) for region, _, nbytes, src, dst in shm_wire._ENTRY.iter_unpack(self.entries)]
 
 
 def answered_is_landed(self: Any, ack: wire.Ack, now: float) -> list[Any]:
@@ -115,6 +126,9 @@ BREAKS: dict[str, Break] = {
     "what lies between two ranges is granted": ("reader", Grant, "admits", admits_what_lies_between),
     "the last to leave reports no fence": ("reader", Grants, "leave", leaves_without_a_word),
     "entries need not add up": ("reader", wire.Head, "unpack_entries", entries_unchecked),
+    "an order's entries are believed": ("shm_packet", shm_wire.Order, "unpack", order_unchecked),
+    "a range of shm is one byte longer": ("shm_order", Grant, "admits", admits_one_byte_more),
+    "who has copied does not leave": ("shm_order", Copying, "leave", lambda self: None),
     "any proof will do, for the receiver": ("stranger", handshake, "hmac", everybody_knows),
     "any proof will do, for the sender": ("impostor", handshake, "hmac", everybody_knows),
     "what was answered has landed": ("answers", Backlog, "answered", answered_is_landed),

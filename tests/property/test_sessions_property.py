@@ -31,11 +31,13 @@ def transfers(draw: st.DrawFn) -> tuple[Transfer, list[int]]:
     world.add_host(SENDER, draw(st.integers(1, 6)), draw(st.integers(1, 9)))
     blocks = draw(st.integers(1, 5))
     for rank in range(ranks):
-        world.add_host(f"r{rank}", blocks + draw(st.integers(0, 6)), draw(st.integers(1, 9)))
+        world.add_host(f"r{rank}", blocks + draw(st.integers(0, 9)), draw(st.integers(1, 9)))
     dummies = draw(st.sets(st.integers(0, ranks - 1), max_size=ranks - 1)) if ranks > 1 else set()
     steps = sorted({*draw(st.lists(st.integers(0, tokens), max_size=4)), tokens})
     resume = draw(st.sampled_from(["drain", "extend"]))
-    return Transfer(world, tokens, ranks, resume, tuple(sorted(dummies)), blocks), steps
+    most = 2 if resume == "drain" else 1
+    windows = tuple(draw(st.lists(st.integers(1, most), min_size=ranks, max_size=ranks)))
+    return Transfer(world, tokens, ranks, resume, tuple(sorted(dummies)), blocks, windows), steps
 
 
 def expected_parts(one: Transfer, steps: list[int]) -> list[int]:
@@ -77,10 +79,12 @@ class Room:
     blocks: int
     resume: str
     dummies: frozenset[int]
+    window: int = 1
     open: dict[str, RoomKey] = field(default_factory=dict)
 
 
 numbers = st.integers(0, 30)
+MAKING_ROOM = [("drain", 1), ("drain", 2), ("extend", 1)]
 
 
 class Sessions(RuleBasedStateMachine):
@@ -214,6 +218,9 @@ class Sessions(RuleBasedStateMachine):
             for key, session in list(host.core.sessions.items()):
                 if not session.state.is_terminal:
                     self.world.fire(host.name, key, "gate")
+                if not session.state.is_terminal:  # the other side waits for blocks, and its host lives
+                    assert session._kept_waiting(session.gate)
+                    self.world.fire(host.name, key, "room")
                 assert session.state.is_terminal
         self._finish()
         self._again()
@@ -262,7 +269,9 @@ class Sessions(RuleBasedStateMachine):
             return
         rank = int(name[1:])
         blocks = 0 if rank in room.dummies else room.blocks
-        room.open[name] = self.world.open_receiver(name, room.number, rank, self.ranks, blocks, room.resume)
+        window = room.window if rank == 0 else 1
+        shape = (room.number, rank, self.ranks, blocks, room.resume)
+        room.open[name] = self.world.open_receiver(name, *shape, window=window)
 
     def _supply_all(self) -> None:
         for room in self.rooms:
@@ -317,7 +326,7 @@ class RoomyMachine(Sessions):
     @initialize(
         pools=st.lists(st.tuples(st.integers(2, 5), st.integers(1, 4)), min_size=2, max_size=4),
         rooms=st.lists(
-            st.tuples(st.integers(1, 14), st.integers(1, 2), st.sampled_from(["drain", "extend"]), st.booleans()),
+            st.tuples(st.integers(1, 14), st.integers(1, 2), st.sampled_from(MAKING_ROOM), st.booleans()),
             min_size=1,
             max_size=2,
         ),
@@ -325,20 +334,27 @@ class RoomyMachine(Sessions):
         ahead=st.integers(0, 60),
     )
     def roomy(
-        self, pools: list[tuple[int, int]], rooms: list[tuple[int, int, str, bool]], checksums: bool, ahead: int
+        self,
+        pools: list[tuple[int, int]],
+        rooms: list[tuple[int, int, tuple[str, int], bool]],
+        checksums: bool,
+        ahead: int,
     ) -> None:
         last = len(pools) - 2
         dummies = [frozenset({last} if dummy and last else ()) for *_, dummy in rooms]
-        made = [Room(n, *room[:3], dummies[n - 1]) for n, room in enumerate(rooms, 1)]
+        made = [
+            Room(n, tokens, blocks, resume, dummies[n - 1], window)
+            for n, (tokens, blocks, (resume, window), _) in enumerate(rooms, 1)
+        ]
         self.begin(World(checksums=checksums), pools, made, ahead)
 
 
 class CrowdedMachine(Sessions):
-    """Two rooms that each want all the blocks of each of two pools, and two transports."""
+    """Two rooms that each want all the blocks of each of two pools, some a part at a time, and two transports."""
 
-    @initialize(resume=st.lists(st.sampled_from(["drain", "extend"]), min_size=2, max_size=2), ahead=st.integers(0, 40))
-    def crowded(self, resume: list[str], ahead: int) -> None:
-        rooms = [Room(n, 5, 2, resume[n - 1], frozenset()) for n in (1, 2)]
+    @initialize(resume=st.lists(st.sampled_from(MAKING_ROOM), min_size=2, max_size=2), ahead=st.integers(0, 40))
+    def crowded(self, resume: list[tuple[str, int]], ahead: int) -> None:
+        rooms = [Room(n, 5, 2 // window, how, frozenset(), window) for n, (how, window) in enumerate(resume, 1)]
         self.begin(World(transports=("a", "b")), [(2, 1)] * 3, rooms, ahead)
         self.world.network.reverse()
 

@@ -113,6 +113,7 @@ def test_what_an_endpoint_says_of_itself_must_be_what_peers_take() -> None:
     check_introduction(bytes(16), layout, (TransportOffer("a", bytes(1 << 16)),))
 
 
+@pytest.mark.inside
 def test_an_endpoint_whose_introduction_is_too_long_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = pool(2)
     before = open_fds()

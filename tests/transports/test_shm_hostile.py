@@ -209,17 +209,21 @@ def test_whoever_breaks_the_rules_is_cut_off_and_nobody_else(pair: Pair, rule: s
     pair.done(link.submit([Write(0, 0, 0, 10)], pair.rx.grant()))
 
 
-def test_too_many_orders_at_once_end_the_connection(pair: Pair, fd: int) -> None:
+def test_too_many_orders_at_once_end_the_connection(pair: Pair) -> None:
     link = pair.tx.connect(pair.rx)
     pair.up(link)
-    caller = raw.Caller(pair.rx.transport)
-    caller.be_ready(fd, 4096)
+    caller, fd, token = raw.Caller(pair.rx.transport), sealed_memfd(4 * MIB), pair.rx.grant()
+    caller.be_ready(fd, 4 * MIB)
+    os.close(fd)
     caller.socket.setblocking(False)
+    long = raw.wire.Order(1, token, raw.wire.pack_entries([Write(0, 0, 0, 4 * MIB)] * 4))
+    short = raw.wire.Order(2, b"t" * 16, ENTRY)
 
     def is_cut() -> bool:
         try:
-            for number in range(MAX_ORDERS):
-                caller.say(raw.wire.Order(number, b"t" * 16, ENTRY * 1000))
+            caller.say(raw.wire.Orders((long,) * 8))
+            for _ in range(4):
+                caller.say(raw.wire.Orders((short,) * (MAX_ORDERS // 4)))
         except (BrokenPipeError, ConnectionResetError):
             return True
         except BlockingIOError:

@@ -318,7 +318,7 @@ def test_a_mistake_of_the_receiver_fails_the_ticket_at_hand_and_not_the_next(
     pair.up(link)
     token = pair.rx.grant()
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "_receive", lambda *_: 1 // 0)
+        patch.setattr(Reader, "_pour", lambda *_: 1 // 0)
         assert not pair.failed(link.submit([Write(0, 0, 0, 10)], token)).quiescent
     pair.done(link.submit([Write(0, 0, 0, 10)], token))
     pair.fence(token)
@@ -407,7 +407,7 @@ def test_a_stream_that_breaks_does_not_take_the_link_down(wide: Pair) -> None:
     link = wide.tx.connect(wide.rx)
     until(lambda: all(each._stream for each in link._lanes), "all streams")  # type: ignore[attr-defined]
     readers(wide.rx)[0].cut()
-    until(lambda: any(each._stream is None for each in link._lanes), "the break")  # type: ignore[attr-defined]
+    wide.until(lambda: any(each._stream is None for each in link._lanes), "the break")  # type: ignore[attr-defined]
     wide.done(*(link.submit([Write(0, 0, 0, MIB)], wide.rx.grant()) for _ in range(6)))
     assert wide.tx.links[link.number] == [True]
 
@@ -424,13 +424,13 @@ def test_closed_links_are_forgotten(pair: Pair) -> None:
 def test_a_ticket_that_is_sent_slowly_is_done_in_the_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     send = Stream.send
 
-    def slowly(self: Stream, views: list[memoryview]) -> int:
+    def slowly(self: Stream, views: list[memoryview], flags: int = 0) -> int:
         return 0 if len(views[0]) % 2 else send(self, [views[0][: max(1, len(views[0]) // 2)]])
 
     monkeypatch.setattr(Stream, "send", slowly)
     link = pair.tx.connect(pair.rx)
     ticket = link.submit([Write(0, 0, 0, 1 << 10)], pair.rx.grant())
-    monkeypatch.setattr(Stream, "send", lambda self, views: send(self, [views[0][:97]]))
+    monkeypatch.setattr(Stream, "send", lambda self, views, flags=0: send(self, [views[0][:97]], flags))
     assert pair.ended(ticket) == [Done(ticket)]
     assert pair.rx.arenas[0][: 1 << 10] == pair.tx.arenas[0][: 1 << 10]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvpoll_common.grants import LIED
 from kvpoll_fsm.spi import Link, LinkDown, Range, Write
 from kvpoll_tcp import TcpTransport
-from kvpoll_tcp.grants import LIED
 from tests.transports import raw
 from tests.transports.harness import MIB, SIZES, Pair, Side, until, untouched
 from tests.transports.raw import Raw, entry, frame, hello
@@ -139,7 +139,7 @@ MALFORMED: dict[str, Callable[[bytes], bytes]] = {
     "reserved": lambda token: frame(token, [entry(0, 4, 0)], b"oops", zero=1),
     "reserved in an entry": lambda token: frame(token, [entry(0, 4, 0, zero=1)], b"oops"),
     "no entries": lambda token: frame(token, [entry(0, 4, 0)], b"oops", count=0),
-    "too many entries": lambda token: frame(token, [entry(0, 1, n) for n in range(1024)], b"o" * 1024),
+    "too many entries": lambda token: frame(token, [entry(0, 1, n) for n in range(1025)], b"o" * 1025),
     "empty": lambda token: frame(token, [entry(0, 0, 0)], b"", nbytes=0),
     "empty entry": lambda token: frame(token, [entry(0, 4, 0), entry(0, 0, 9)], b"oops"),
     "more than the entries": lambda token: frame(token, [entry(0, 4, 0)], b"oops!"),

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpoll_common.grants import LIED, Grant, Grants
+from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Completion, Done, Failed, Fenced, Progress, Range, Write
 from kvpoll_tcp import wire
-from kvpoll_tcp.backlog import Backlog, Frame, Job, cut
+from kvpoll_tcp.backlog import Backlog, Frame, Job, Piece, cut
 from kvpoll_tcp.crew import Crew
-from kvpoll_tcp.grants import LIED, Grant, Grants
 from kvpoll_tcp.mailbox import Mailbox
-from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.sockets import advance
 from kvpoll_tcp.wire import FRAME_NBYTES, MAX_ENTRIES, Ack, Head, Hello, Verdict
 
@@ -83,32 +83,43 @@ WRITES = st.lists(
 )
 
 
+def pieces_of(writes: list[Write]) -> list[Piece]:
+    return [(write.region, write.src_offset, write.dst_offset, write.nbytes) for write in writes]
+
+
+@given(WRITES)
+def test_a_job_is_cut_as_its_writes_are(writes: list[Write]) -> None:
+    job = Job(3, writes, sum(write.nbytes for write in writes), TOKEN)
+    frames = []
+    while job.has_more:
+        frames.append(job.take_frame()[0])
+    assert [(each.nbytes, list(each.pieces)) for each in frames] == list(cut(pieces_of(writes)))
+    assert [each.index for each in frames] == list(range(len(frames)))
+    assert [each.last for each in frames] == [False] * (len(frames) - 1) + [True]
+
+
 @given(WRITES)
 def test_frames_carry_each_byte_once_and_in_order(writes: list[Write]) -> None:
-    pieces = iter([piece for _, frame in cut(writes) for piece in frame])
+    pieces = iter([piece for _, frame in cut(pieces_of(writes)) for piece in frame])
     for write in writes:
         done = 0
         while done < write.nbytes:
-            piece = next(pieces)
-            assert (piece.region, piece.src_offset, piece.dst_offset) == (
-                write.region,
-                write.src_offset + done,
-                write.dst_offset + done,
-            )
-            done += piece.nbytes
+            region, src, dst, nbytes = next(pieces)
+            assert (region, src, dst) == (write.region, write.src_offset + done, write.dst_offset + done)
+            done += nbytes
         assert done == write.nbytes
     assert next(pieces, None) is None
 
 
 @given(WRITES)
 def test_frames_keep_to_the_limits(writes: list[Write]) -> None:
-    frames = list(cut(writes))
-    assert all(nbytes == sum(piece.nbytes for piece in pieces) <= FRAME_NBYTES for nbytes, pieces in frames)
+    frames = list(cut(pieces_of(writes)))
+    assert all(nbytes == sum(size for *_, size in pieces) <= FRAME_NBYTES for nbytes, pieces in frames)
     assert all(nbytes == FRAME_NBYTES for nbytes, _ in frames[:-1])
 
 
 def test_frames_keep_to_the_number_of_entries() -> None:
-    frames = list(cut([Write(0, n, n, 1) for n in range(MAX_ENTRIES + 1)]))
+    frames = list(cut([(0, n, n, 1) for n in range(MAX_ENTRIES + 1)]))
     assert [len(pieces) for _, pieces in frames] == [MAX_ENTRIES, 1]
 
 
@@ -118,7 +129,7 @@ def test_frames_keep_to_the_number_of_entries() -> None:
 def backlog_of(*nbytes: int) -> Backlog:
     backlog = Backlog()
     for ticket, size in enumerate(nbytes):
-        backlog.add(Job(ticket, [Write(0, 0, 0, size)], TOKEN))
+        backlog.add(Job(ticket, [Write(0, 0, 0, size)], size, TOKEN))
     return backlog
 
 
@@ -204,7 +215,7 @@ def test_an_answer_to_a_frame_that_has_not_left_is_a_lie() -> None:
     with pytest.raises(MalformedMessage, match="before it was sent"):
         answer(backlog, 1)
     assert backlog.abandon("gone") == [Failed(1, "gone", quiescent=False)]
-    backlog.add(Job(2, [Write(0, 0, 0, 5)], TOKEN))
+    backlog.add(Job(2, [Write(0, 0, 0, 5)], 5, TOKEN))
     sent(backlog)
     assert answer(backlog, 2) == [Done(2)]
 
@@ -220,12 +231,12 @@ def test_a_grant_admits_exactly_its_bytes(granted: list[tuple[int, int, int]], a
     grant = Grant(TOKEN, [Range(*each) for each in granted])
     admitted = {(region, at) for region, offset, nbytes in granted for at in range(offset, offset + nbytes)}
     region, offset, nbytes = asked
-    assert grant.admits(*asked) == all((region, at) in admitted for at in range(offset, offset + nbytes))
+    assert grant.admits([asked]) == all((region, at) in admitted for at in range(offset, offset + nbytes))
 
 
 def test_a_fence_waits_for_everybody_inside() -> None:
     outbox = Outbox()
-    grants = Grants(outbox)
+    grants = Grants(outbox, "tcp")
     token = grants.add([Range(0, 0, 1)])
     inside = [grants.enter(token), grants.enter(token)]
     first = grants.fence(token)
@@ -242,7 +253,7 @@ def test_a_fence_waits_for_everybody_inside() -> None:
 
 
 def test_a_revoked_token_is_forgotten_once_nobody_is_inside() -> None:
-    grants = Grants(Outbox())
+    grants = Grants(Outbox(), "tcp")
     token = grants.add([Range(0, 0, 1)])
     grant = grants.enter(token)
     assert grant is not None
@@ -253,7 +264,7 @@ def test_a_revoked_token_is_forgotten_once_nobody_is_inside() -> None:
 
 
 def test_whoever_is_inside_when_a_token_ends_is_cut_and_waited_for() -> None:
-    grants, cuts, go_on = Grants(Outbox()), list[str](), threading.Event()
+    grants, cuts, go_on = Grants(Outbox(), "tcp"), list[str](), threading.Event()
     token = grants.add([Range(0, 0, 1)])
     grants.end(b"unknown")
     grant = grants.enter(token, b"w", go_on.set)
@@ -277,8 +288,8 @@ def test_whoever_is_inside_when_a_token_ends_is_cut_and_waited_for() -> None:
 
 
 def test_blocks_of_a_writer_that_does_not_go_are_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpoll_tcp.grants.LEAVE_S", 0.01)
-    grants = Grants(Outbox())
+    monkeypatch.setattr("kvpoll_common.grants.LEAVE_S", 0.01)
+    grants = Grants(Outbox(), "tcp")
     token = grants.add([Range(0, 0, 1)])
     assert grants.enter(token) is not None
     with pytest.raises(TimeoutError, match="still written under"):

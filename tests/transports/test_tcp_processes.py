@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm.spi import Done, Failed, Link, LinkDown, Write
-from kvpoll_tcp import TcpTransport
+from kvpoll_tcp import TcpTransport, inbox, wire
 from kvpoll_tcp.receiver import Reader
 from tests.transports import raw
 from tests.transports.harness import HUGE, MIB, SIZES, Pair, Side, until
@@ -259,6 +259,7 @@ def test_a_frame_that_was_half_read_does_not_land_behind_a_fence(rx: Side, monke
         gate.wait()
         return got
 
+    monkeypatch.setattr(inbox, "INBOX_NBYTES", wire.HEAD_NBYTES + wire.ENTRY_NBYTES)  # no more than the head
     monkeypatch.setattr(Reader, "_receive", in_the_middle)
     token = rx.grant()
     writer = start_writer(rx, token)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvpoll_common.grants import Grant, Grants
 from kvpoll_shm.wire import Entry, Order, Verdict
-from kvpoll_tcp.grants import Grant, Grants
 
 __all__ = ["SLICE_NBYTES", "Copying", "Landing"]
 
@@ -27,10 +27,15 @@ class Copying:
 
     Bytes are copied by assigning one slice of a memoryview to another: as fast as memmove, and the interpreter is not
     handed over and waited for again for each block, which takes up to 5 ms beside a busy thread.
+
+    Attributes:
+        cancelled: To be ended soon.
+        moved_nbytes: Copied so far.
     """
 
     def __init__(self, order: Order, writer: bytes, sources: Mapping[int, memoryview], landing: Landing) -> None:
         self.cancelled = False
+        self.moved_nbytes = 0
         self._order = order
         self._writer = writer
         self._left: list[Entry] = []
@@ -66,10 +71,11 @@ class Copying:
         if grant is None:
             return Verdict.unknown_token
         # What is granted lies inside its region, so this checks against both.
-        if not all(grant.admits(region, dst, nbytes) for region, nbytes, _, dst in self._left):
+        if not grant.admits([(region, dst, nbytes) for region, nbytes, _, dst in self._left]):
             self._landing.grants.refusals.add("a write outside the granted ranges")
             return Verdict.out_of_range
-        if not all(src + nbytes <= len(self._sources.get(region, b"")) for region, nbytes, src, _ in self._left):
+        sizes = {region: len(source) for region, source in self._sources.items()}
+        if not all(src + nbytes <= sizes.get(region, 0) for region, nbytes, src, _ in self._left):
             return Verdict.no_source
         return None
 
@@ -86,4 +92,5 @@ class Copying:
                 nbytes = room
             room -= nbytes
             regions[region][dst : dst + nbytes] = sources[region][src : src + nbytes]
+        self.moved_nbytes += SLICE_NBYTES - room
         return None if left else Verdict.landed

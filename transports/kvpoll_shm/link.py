@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from kvpoll_common.outbox import Outbox
+from kvpoll_common.writes import check_writes
 from kvpoll_fsm.spi import Failed, Write
 from kvpoll_shm import wire
 from kvpoll_shm.sender import Lane
-from kvpoll_tcp.link import check_writes
-from kvpoll_tcp.outbox import Outbox
 
 __all__ = ["ShmLink"]
 
@@ -50,8 +50,7 @@ class ShmLink:
         if len(token) != wire.TOKEN_NBYTES:
             self._outbox.put(Failed(ticket, "the token is none of a shm transport", quiescent=True))
             return ticket
-        packet = wire.encode(wire.Order(ticket, token, wire.pack_entries(writes)))
-        self.lane.submit(ticket, packet)
+        self.lane.submit(wire.Order(ticket, token, wire.pack_entries(writes)))
         return ticket
 
     def cancel(self, ticket: int) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
 import os
-import selectors
+import select
 import threading
 import time
 import traceback
@@ -45,7 +44,8 @@ class Reactor:
         self._steps: deque[Step] = deque()
         self._clock: list[tuple[float, int, Task]] = []
         self._numbers = itertools.count()
-        self._selector: selectors.EpollSelector | None = None
+        self._epoll: select.epoll | None = None
+        self._watchers: dict[int, Watcher | None] = {}
         self._wake_fd = -1
 
     def open(self) -> None:
@@ -56,22 +56,23 @@ class Reactor:
         """
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._selector = selectors.EpollSelector()
+            self._epoll = select.epoll()
         except OSError:
             os.close(self._wake_fd)
             raise
-        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
 
     def fileno(self) -> int | None:
         """Readable when a turn has something to do but for timers; None while it is not open."""
-        return None if self._selector is None else self._selector.fileno()
+        return None if self._epoll is None else self._epoll.fileno()
 
     def close(self) -> None:
         """Give everything back; nothing is watched any more. May be called twice."""
-        selector, self._selector = self._selector, None
-        if selector is not None:
-            selector.close()
+        epoll, self._epoll = self._epoll, None
+        if epoll is not None:
+            epoll.close()
             os.close(self._wake_fd)
+        self._watchers.clear()
         self._steps.clear()
         self._clock.clear()
 
@@ -90,28 +91,30 @@ class Reactor:
         self._steps.append(step)
 
     def watch(self, fd: int, mask: int, watcher: Watcher | None) -> None:
-        """Call the watcher, if there is one, when the file descriptor is ready; replaces an earlier mask."""
-        if self._selector is None:
+        """Call the watcher, if there is one, when the file descriptor is ready (EPOLLIN, EPOLLOUT); replaces a mask."""
+        if self._epoll is None:
             return
-        if fd in self._selector.get_map():
-            self._selector.modify(fd, mask, watcher)
+        if fd in self._watchers:
+            self._epoll.modify(fd, mask)
         else:
-            self._selector.register(fd, mask, watcher)
+            self._epoll.register(fd, mask)
+        self._watchers[fd] = watcher
 
     def unwatch(self, fd: int) -> None:
-        """Call nobody any more."""
-        if self._selector is not None:
-            with contextlib.suppress(KeyError):  # it was not watched
-                self._selector.unregister(fd)
+        """Call nobody any more. Before the file descriptor is closed."""
+        if self._epoll is not None and fd in self._watchers:
+            del self._watchers[fd]
+            self._epoll.unregister(fd)
 
     def turn(self, wait_s: float | None = 0) -> None:
         """Do what there is to do; wait for something so long at most."""
-        if self._selector is None:
+        if self._epoll is None:
             return
-        for key, mask in self._selector.select(self._wait_s(wait_s)):
-            if key.data is not None:
-                key.data.ready(mask)
-            elif key.fd == self._wake_fd:
+        for fd, mask in self._epoll.poll(self._wait_s(wait_s)):
+            watcher = self._watchers.get(fd)
+            if watcher is not None:
+                watcher.ready(mask)
+            elif fd == self._wake_fd:
                 os.eventfd_read(self._wake_fd)
         while self._clock and self._clock[0][0] <= time.monotonic():
             heapq.heappop(self._clock)[2]()
@@ -175,9 +178,9 @@ class Loop:
     def stop(self) -> None:
         """End the thread once it has run what was posted, and wait for it. May be called twice."""
         with self._lock:
-            if self._running:
+            running, self._running = self._running, False  # before it wakes, or it might sleep again
+            if running:
                 self.reactor.wake()
-            self._running = False
         if self._thread is not None:
             self._thread.join()
 
@@ -194,9 +197,5 @@ class Loop:
             self.failure = error
 
     def _run_tasks(self) -> None:
-        while True:
-            with self._lock:
-                if not self._tasks:
-                    return
-                task = self._tasks.popleft()
-            task()
+        while self._tasks:
+            self._tasks.popleft()()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
+import select
 import socket
 import traceback
 from array import array
@@ -21,9 +21,9 @@ __all__ = ["ENDED", "Owner", "Pipe", "Refused"]
 _log = logging.getLogger("kvpoll_shm")
 
 ENDED = "the other side ended the connection"
-_TURNS = 16
-"""Packets read before others have their turn."""
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(wire.MAX_REGIONS * array("i").itemsize)
+_TURNS = 64
+"""Packets read before others have their turn."""
 _FLAGS = socket.MSG_CMSG_CLOEXEC
 
 
@@ -65,7 +65,7 @@ class Pipe:
         self._buffer = memoryview(bytearray(wire.PACKET_NBYTES))
         self._open = True
         self._mask = 0
-        self._watch(selectors.EVENT_READ)
+        self._watch(select.EPOLLIN)
 
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         """Send, or keep until there is room. The file descriptors are the pipe's to close."""
@@ -73,13 +73,13 @@ class Pipe:
             return _close_all(fds)
         self._queue.append((packet, fds))
         if len(self._queue) == 1:
-            self.ready(selectors.EVENT_WRITE)
+            self.ready(select.EPOLLOUT)
 
     def finish(self) -> None:
         """Send nothing more, and tell the other side so."""
         self._drop_queue()
         try:
-            self._watch(selectors.EVENT_READ)
+            self._watch(select.EPOLLIN)
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:  # it has ended already
             self._end(error, by_peer=True)
@@ -99,12 +99,12 @@ class Pipe:
             self._socket.close()
 
     def ready(self, mask: int) -> None:
-        """The socket can be read or written."""
+        """The socket can be read or written, or has ended."""
         try:
-            if mask & selectors.EVENT_WRITE:
+            if mask & ~select.EPOLLIN:
                 self._flush()
-            if mask & selectors.EVENT_READ:
-                self._read()
+            if mask & ~select.EPOLLOUT:
+                self._read_some()
         except OSError as error:
             self._end(error, by_peer=isinstance(error, (BrokenPipeError, ConnectionResetError, EOFError)))
         except (MalformedMessage, Refused) as error:
@@ -126,10 +126,10 @@ class Pipe:
             try:
                 self._send(packet, fds)
             except BlockingIOError:
-                return self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE)
+                return self._watch(select.EPOLLIN | select.EPOLLOUT)
             self._queue.popleft()
             _close_all(fds)
-        self._watch(selectors.EVENT_READ)
+        self._watch(select.EPOLLIN)
 
     def _watch(self, mask: int) -> None:
         if mask != self._mask:
@@ -140,23 +140,28 @@ class Pipe:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         self._socket.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
 
-    def _read(self) -> None:
+    def _read_some(self) -> None:
+        """Take what is there, and not too much of it: a driver that turns for each packet does little else."""
         for _ in range(_TURNS):
-            if not self._open:
+            if not self._open or not self._read():
                 return
-            try:
-                nbytes, ancillary, flags, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_NBYTES, _FLAGS)
-            except BlockingIOError:
-                return
-            fds = [fd for _, _, data in ancillary for fd in _fds(data)]
-            try:
-                if not nbytes:
-                    raise ConnectionResetError(ENDED)
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                    raise MalformedMessage(f"a packet of more than {wire.PACKET_NBYTES} bytes, or too much with it")
-                self._owner.received(wire.decode(self._buffer[:nbytes]), fds)
-            finally:
-                _close_all(fds)
+
+    def _read(self) -> bool:
+        """Take one packet, if there is one."""
+        try:
+            nbytes, ancillary, flags, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_NBYTES, _FLAGS)
+        except BlockingIOError:
+            return False
+        fds = [fd for _, _, data in ancillary for fd in _fds(data)] if ancillary else []
+        try:
+            if not nbytes:
+                raise ConnectionResetError(ENDED)
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise MalformedMessage(f"a packet of more than {wire.PACKET_NBYTES} bytes, or too much with it")
+            self._owner.received(wire.decode(self._buffer[:nbytes]), fds)
+        finally:
+            _close_all(fds)
+        return True
 
     def _drop_queue(self) -> None:
         for _, fds in self._queue:

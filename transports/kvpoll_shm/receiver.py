@@ -5,21 +5,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import selectors
+import select
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_shm import hosts, wire
-from kvpoll_shm.copying import Copying, Landing
+from kvpoll_shm.copying import SLICE_NBYTES, Copying, Landing
 from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
 from kvpoll_shm.loop import Reactor
 from kvpoll_shm.pipe import Pipe, Refused
 from kvpoll_shm.settings import ShmSettings
-from kvpoll_shm.wire import Cancel, End, Hello, Message, Order, Proof, Ready, Regions, Verdict
+from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Orders, Proof, Ready, Regions, Verdict
 
 __all__ = ["Listener"]
 
@@ -49,7 +49,7 @@ class Listener:
     def start(self, listening: socket.socket) -> None:
         """Begin to accept; the socket is ours from here on."""
         self._listening = listening
-        self.reactor.watch(listening.fileno(), selectors.EVENT_READ, self)
+        self.reactor.watch(listening.fileno(), select.EPOLLIN, self)
 
     def stop(self) -> None:
         """End the socket and all connections: nothing is read or written any more."""
@@ -97,7 +97,7 @@ class Listener:
 
     def _resume(self) -> None:
         if self._listening is not None:
-            self.reactor.watch(self._listening.fileno(), selectors.EVENT_READ, self)
+            self.reactor.watch(self._listening.fileno(), select.EPOLLIN, self)
 
     def _take(self, sock: socket.socket) -> None:
         try:
@@ -211,26 +211,38 @@ class Visitor:
         if isinstance(message, Cancel):
             for ticket, copying in self._orders:
                 copying.cancelled |= ticket == message.ticket
-        elif not isinstance(message, Order) or self._theirs is None:
-            raise MalformedMessage("neither an order nor a cancel")
-        elif len(self._orders) >= wire.MAX_ORDERS:
-            raise MalformedMessage("too many orders at once")
+        elif isinstance(message, Order):
+            self._take([message])
+        elif isinstance(message, Orders):
+            self._take(message.orders)
         else:
-            sources = {region: mapping.view for region, mapping in self._mappings.items()}
-            copying = Copying(message, self._theirs.writer, sources, self._listener.landing)
-            self._orders.append((message.ticket, copying))
-            if len(self._orders) == 1:
-                self._listener.reactor.work(self._step)
+            raise MalformedMessage("neither an order nor a cancel")
+
+    def _take(self, orders: Sequence[Order]) -> None:
+        if len(self._orders) + len(orders) > wire.MAX_ORDERS or self._theirs is None:
+            raise MalformedMessage("too many orders at once")
+        if not self._orders:
+            self._listener.reactor.work(self._step)
+        sources = {region: mapping.view for region, mapping in self._mappings.items()}
+        for order in orders:
+            copying = Copying(order, self._theirs.writer, sources, self._listener.landing)
+            self._orders.append((order.ticket, copying))
 
     def _step(self) -> bool:
-        """Copy a slice of the oldest order."""
-        if not self._orders:
-            return False
-        ticket, copying = self._orders[0]
-        verdict = self._verdict(copying)
-        if verdict is not None:
+        """Copy a slice of the oldest order, and small ones after it up to a slice; answer those that are over."""
+        ends: list[End] = []
+        left_nbytes = SLICE_NBYTES
+        while self._orders and left_nbytes > 0:
+            ticket, copying = self._orders[0]
+            left_nbytes += copying.moved_nbytes
+            verdict = self._verdict(copying)
+            left_nbytes -= copying.moved_nbytes
+            if verdict is None:
+                break
             self._orders.popleft()
-            self._pipe.send(wire.encode(End(ticket, verdict)))
+            ends.append(End(ticket, verdict))
+        if ends:
+            self._pipe.send(wire.encode(ends[0] if len(ends) == 1 else Ends(tuple(ends))))
         return bool(self._orders)
 
     def _verdict(self, copying: Copying) -> Verdict | None:

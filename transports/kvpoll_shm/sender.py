@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Quiesced, Region
 from kvpoll_shm import hosts, wire
@@ -14,10 +15,36 @@ from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, 
 from kvpoll_shm.loop import Reactor
 from kvpoll_shm.pipe import Pipe, Refused
 from kvpoll_shm.settings import ShmSettings
-from kvpoll_shm.wire import Cancel, End, Hello, Message, Place, Proof, Ready, Regions, Verdict
-from kvpoll_tcp.outbox import Outbox
+from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Place, Proof, Ready, Regions, Verdict
 
-__all__ = ["Lane", "Sources"]
+__all__ = ["Gathering", "Lane", "Sources"]
+
+
+class Gathering:
+    """Orders are kept until they are asked for, once somebody has shown that he does ask.
+
+    Whoever never calls `flush` has every order sent at once.
+    """
+
+    def __init__(self) -> None:
+        self._is_on = False
+        self._lanes: set[Lane] = set()
+
+    def keeps(self, lane: Lane) -> bool:
+        """Whether a lane is to wait with an order; it is asked later then."""
+        if self._is_on:
+            self._lanes.add(lane)
+        return self._is_on
+
+    def flush(self) -> None:
+        """Let all lanes send what they have, and from now on keep what they get until the next call."""
+        self._is_on = True
+        self.send()
+
+    def send(self) -> None:
+        """Let all lanes send what they have."""
+        while self._lanes:
+            self._lanes.pop().send_waiting()
 
 
 @dataclass(frozen=True)
@@ -28,6 +55,7 @@ class Sources:
     writer: bytes
     settings: ShmSettings
     outbox: Outbox
+    gathering: Gathering
 
 
 class Lane:
@@ -49,7 +77,7 @@ class Lane:
         self._pipe: Pipe | None = None
         self._expect: Callable[[Message], None] = self._on_hello
         self._hellos: list[Hello] = []
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._waiting: deque[Order] = deque()
         self._sent: set[int] = set()
         self._loose: set[int] = set()
         self._closed = False
@@ -68,23 +96,23 @@ class Lane:
         self._reactor.later(self._sources.settings.handshake_s, lambda: self._time_is_up(attempt))
         self._pipe.send(wire.encode(ours))
 
-    def submit(self, ticket: int, packet: bytes) -> None:
-        """Send an order, or keep it until there is somebody to send it to."""
+    def submit(self, order: Order) -> None:
+        """Send an order, or keep it until there is somebody to send it to, or others go with it."""
         if self._closed:
-            return self._sources.outbox.put(Failed(ticket, "the link is closed", quiescent=True))
-        self._waiting.append((ticket, packet))
+            return self._sources.outbox.put(Failed(order.ticket, "the link is closed", quiescent=True))
+        self._waiting.append(order)
         if self._pipe is None:
             self.open()
-        else:
-            self._send_waiting()
+        elif not self._sources.gathering.keeps(self):
+            self.send_waiting()
 
     def cancel(self, ticket: int) -> None:
         """End a ticket soon."""
         if ticket in self._sent and self._pipe is not None:
             self._pipe.send(wire.encode(Cancel(ticket)))
             self._reactor.later(self._sources.settings.cancel_patience_s, lambda: self._expire(ticket))
-        elif any(ticket == other for other, _ in self._waiting):
-            self._waiting = deque(each for each in self._waiting if each[0] != ticket)
+        elif any(ticket == order.ticket for order in self._waiting):
+            self._waiting = deque(order for order in self._waiting if order.ticket != ticket)
             self._sources.outbox.put(Failed(ticket, "cancelled", quiescent=True))
 
     def close(self) -> None:
@@ -154,11 +182,16 @@ class Lane:
             raise MalformedMessage("is not ready")
         self._expect = self._on_end
         self._sources.outbox.put(LinkUp(self._number))
-        self._send_waiting()
+        self.send_waiting()
 
     def _on_end(self, message: Message) -> None:
-        if not isinstance(message, End):
+        if not isinstance(message, End | Ends):
             raise MalformedMessage("says something else than how a ticket ended")
+        for end in message.ends if isinstance(message, Ends) else (message,):
+            self._settle_one(end)
+        self.send_waiting()
+
+    def _settle_one(self, message: End) -> None:
         ticket = message.ticket
         if ticket in self._loose:
             self._loose.discard(ticket)
@@ -170,7 +203,6 @@ class Lane:
             landed = message.verdict is Verdict.landed
             end = Done(ticket) if landed else Failed(ticket, message.verdict.reason, quiescent=True)
             self._sources.outbox.put(end)
-        self._send_waiting()
 
     # Inside
 
@@ -219,13 +251,15 @@ class Lane:
         if self._pipe is not None:
             self._pipe.send(wire.encode(message), fds or [])
 
-    def _send_waiting(self) -> None:
-        while self._waiting and self._expect == self._on_end and self._pipe is not None and not self._closed:
-            if len(self._sent) + len(self._loose) >= wire.MAX_ORDERS:
-                return
-            ticket, packet = self._waiting.popleft()
-            self._sent.add(ticket)
-            self._pipe.send(packet)
+    def send_waiting(self) -> None:
+        """Send the orders that wait, as many as may be unanswered."""
+        if not self._waiting or self._expect != self._on_end or self._closed:
+            return
+        room = wire.MAX_ORDERS - len(self._sent) - len(self._loose)
+        orders = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        self._sent.update(order.ticket for order in orders)
+        for message in wire.pack_orders(orders):
+            self._send(message)
 
     def _down(self, error: Exception, by_peer: bool) -> None:
         """Nothing can be sent any more; an order that comes later makes a new connection."""
@@ -240,7 +274,7 @@ class Lane:
     def _fail_all(self, reason: str, quiescent: bool) -> None:
         waiting, self._waiting = self._waiting, deque()
         sent, self._sent = self._sent, set()
-        self._sources.outbox.put(*(Failed(ticket, reason, quiescent=True) for ticket, _ in waiting))
+        self._sources.outbox.put(*(Failed(order.ticket, reason, quiescent=True) for order in waiting))
         self._sources.outbox.put(*(Failed(ticket, reason, quiescent=quiescent) for ticket in sorted(sent)))
         if not quiescent:
             self._loose |= sent

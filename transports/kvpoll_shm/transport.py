@@ -8,12 +8,15 @@ import itertools
 import logging
 import os
 import secrets
-import selectors
+import select
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from kvpoll_common.grants import Grants
+from kvpoll_common.outbox import Outbox
+from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
 from kvpoll_fsm.errors import InvalidInput, KvpollError, TransportUnavailable
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, Range, Region
@@ -23,11 +26,8 @@ from kvpoll_shm.handshake import new_identity, read_descriptor
 from kvpoll_shm.link import ShmLink
 from kvpoll_shm.loop import Loop, Reactor
 from kvpoll_shm.receiver import Listener
-from kvpoll_shm.sender import Lane, Sources
+from kvpoll_shm.sender import Gathering, Lane, Sources
 from kvpoll_shm.settings import ShmSettings
-from kvpoll_tcp.grants import Grants
-from kvpoll_tcp.outbox import Outbox
-from kvpoll_tcp.regions import check_ranges, check_region, describe, read_regions
 
 __all__ = ["ShmTransport"]
 
@@ -68,7 +68,7 @@ class ShmTransport:
         self._regions: dict[int, Region] = {}
         self._buffers: dict[int, memoryview] = {}
         self._outbox = Outbox()
-        self._grants = Grants(self._outbox)
+        self._grants = Grants(self._outbox, self.name)
         self._grants.refusals = Refusals(self.name, _log)
         self._loop = Loop()
         self._reactor = Reactor(self._wake_in)
@@ -76,7 +76,9 @@ class ShmTransport:
         self._numbers = (itertools.count(), itertools.count())  # of links, of tickets
         self._listener: Listener | None = None
         self._pid = os.getpid()
-        self._sources = Sources(self._regions, secrets.token_bytes(wire.WRITER_NBYTES), self._settings, self._outbox)
+        self._gathering = Gathering()
+        writer = secrets.token_bytes(wire.WRITER_NBYTES)
+        self._sources = Sources(self._regions, writer, self._settings, self._outbox, self._gathering)
 
     def start(self) -> None:
         """Open the socket and start the thread.
@@ -100,11 +102,11 @@ class ShmTransport:
         listening, name = hosts.listen()
         undo.callback(listening.close)
         identity = new_identity(name)
-        self._outbox.open()
+        outbox_fd = self._outbox.open()
         undo.callback(self._outbox.close)
         self._reactor.open()
         undo.callback(self._reactor.close)
-        self._reactor.watch(self._outbox.fileno() or 0, selectors.EVENT_READ, None)
+        self._reactor.watch(outbox_fd, select.EPOLLIN, None)
         listener = Listener(identity, Landing(self._buffers, self._grants), self._settings, self._loop.reactor)
         self._loop.start()
         self._loop.post(lambda: listener.start(listening))
@@ -181,8 +183,14 @@ class ShmTransport:
         """
         if self._loop.failure is not None:
             raise KvpollError(f"the shm transport's thread failed: {self._loop.failure!r}")
+        self._outbox.about_to_take()
+        self._gathering.send()
         self._reactor.turn()
         return self._outbox.take()
+
+    def flush(self) -> None:
+        """Send what was submitted since the last call; from the first one on, submits wait for the next."""
+        self._gathering.flush()
 
     def fileno(self) -> int | None:
         """Readable when `completions()` has something; None before `start` and after `close`."""

@@ -17,6 +17,8 @@ good for the first writer that uses it. Then, in any order and number:
     sender -> receiver   Cancel   ticket: end it soon
     receiver -> sender   End      ticket, verdict; once per Order, after its last byte was read and written
 
+Several Orders may come as one Orders, and several Ends as one Ends: they mean the same as one after the other.
+
 Whatever is none of these, or comes when it should not, ends the connection. So does the end of either side: the
 receiver closes only after it has stopped to read and write for that connection.
 """
@@ -24,8 +26,9 @@ receiver closes only after it has stopped to read and write for that connection.
 from __future__ import annotations
 
 import enum
+import itertools
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import msgspec
@@ -42,10 +45,12 @@ __all__ = [
     "VERSION",
     "Cancel",
     "End",
+    "Ends",
     "Entry",
     "Hello",
     "Message",
     "Order",
+    "Orders",
     "Place",
     "Proof",
     "Ready",
@@ -54,6 +59,7 @@ __all__ = [
     "decode",
     "encode",
     "pack_entries",
+    "pack_orders",
 ]
 
 VERSION = 1
@@ -70,6 +76,9 @@ TOKEN_NBYTES = 16
 _ENTRY = struct.Struct("<HHIQQ")
 PACKET_NBYTES = MAX_ENTRIES * _ENTRY.size + 1024
 """Longer packets are none of ours."""
+
+_ORDER_NBYTES = 64
+"""More than what an order takes besides its entries."""
 
 Entry = tuple[int, int, int, int]
 """(region, bytes, source offset, destination offset)."""
@@ -128,13 +137,13 @@ class Order(msgspec.Struct, frozen=True, array_like=True, tag=5):
         """
         if len(self.entries) % _ENTRY.size:
             raise MalformedMessage("an order that is cut")
-        entries: list[Entry] = []
-        total = 0
-        for region, zero, nbytes, src, dst in _ENTRY.iter_unpack(self.entries):
-            if zero or not nbytes:
-                raise MalformedMessage("an order with an entry that is none")
-            entries.append((region, nbytes, src, dst))
-            total += nbytes
+        read = list(_ENTRY.iter_unpack(self.entries))
+        entries: list[Entry] = [
+            (region, nbytes, src, dst) for region, zero, nbytes, src, dst in read if nbytes and not zero
+        ]
+        if len(entries) < len(read):
+            raise MalformedMessage("an order with an entry that is none")
+        total = sum([nbytes for _, nbytes, _, _ in entries])
         if total > MAX_TICKET_NBYTES:
             raise MalformedMessage(f"an order of {total} bytes")
         return entries
@@ -179,7 +188,19 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=7):
     verdict: Verdict
 
 
-Message = Hello | Proof | Regions | Ready | Order | Cancel | End
+class Orders(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Several orders, as many as a packet holds."""
+
+    orders: Annotated[tuple[Order, ...], Meta(min_length=1, max_length=MAX_ORDERS)]
+
+
+class Ends(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """Several orders are over."""
+
+    ends: Annotated[tuple[End, ...], Meta(min_length=1, max_length=MAX_ORDERS)]
+
+
+Message = Hello | Proof | Regions | Ready | Order | Cancel | End | Orders | Ends
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -201,7 +222,22 @@ def decode(packet: bytes | memoryview) -> Message:
         raise MalformedMessage(f"does not speak the kvpoll shm protocol: {error}") from error
 
 
+def pack_orders(orders: Iterable[Order]) -> Iterator[Message]:
+    """Orders in as few messages as packets of the allowed size can hold."""
+    together: list[Order] = []
+    nbytes = 0
+    for order in orders:
+        size = len(order.entries) + _ORDER_NBYTES
+        if together and nbytes + size > PACKET_NBYTES - _ORDER_NBYTES:
+            yield together[0] if len(together) == 1 else Orders(tuple(together))
+            together, nbytes = [], 0
+        together.append(order)
+        nbytes += size
+    if together:
+        yield together[0] if len(together) == 1 else Orders(tuple(together))
+
+
 def pack_entries(writes: Iterable[Write]) -> bytes:
     """Writes as the bytes of an Order's entries."""
-    pack = _ENTRY.pack
-    return b"".join([pack(write.region, 0, write.nbytes, write.src_offset, write.dst_offset) for write in writes])
+    places = [(write.region, 0, write.nbytes, write.src_offset, write.dst_offset) for write in writes]
+    return struct.pack("<" + "HHIQQ" * len(places), *itertools.chain.from_iterable(places))

@@ -16,39 +16,34 @@ from kvpoll_tcp.wire import FRAME_NBYTES, MAX_ENTRIES, Ack, Head, Verdict
 __all__ = ["Backlog", "Frame", "Job", "cut"]
 
 
-@dataclass(frozen=True, slots=True)
+Piece = tuple[int, int, int, int]
+"""(region, source offset, destination offset, bytes)."""
+
+
+@dataclass(slots=True)
 class Frame:
-    """The writes of one frame; `nbytes` is their sum."""
+    """The pieces of one frame; `nbytes` is their sum."""
 
     index: int
     last: bool
     nbytes: int
-    writes: tuple[Write, ...]
+    pieces: Sequence[Piece]
 
 
-def cut(writes: Iterable[Write]) -> Iterator[tuple[int, tuple[Write, ...]]]:
-    """Cut writes into frames as large as allowed: (bytes, writes) of each."""
-    pieces: list[Write] = []
+def cut(pieces: Iterable[Piece]) -> Iterator[tuple[int, list[Piece]]]:
+    """Cut into frames as large as allowed: (bytes, pieces) of each."""
+    taken: list[Piece] = []
     room = FRAME_NBYTES
-    for write in writes:
-        left: Write | None = write
-        while left is not None:
-            piece, left = _split(left, room)
-            pieces.append(piece)
-            room -= piece.nbytes
-            if not room or len(pieces) == MAX_ENTRIES:
-                yield FRAME_NBYTES - room, tuple(pieces)
-                pieces, room = [], FRAME_NBYTES
-    if pieces:
-        yield FRAME_NBYTES - room, tuple(pieces)
-
-
-def _split(write: Write, nbytes: int) -> tuple[Write, Write | None]:
-    """The first `nbytes` of a write, and the rest of it if there is any."""
-    if write.nbytes <= nbytes:
-        return write, None
-    rest = Write(write.region, write.src_offset + nbytes, write.dst_offset + nbytes, write.nbytes - nbytes)
-    return Write(write.region, write.src_offset, write.dst_offset, nbytes), rest
+    for region, src, dst, nbytes in pieces:
+        while nbytes:
+            size = min(nbytes, room)
+            taken.append((region, src, dst, size))
+            src, dst, nbytes, room = src + size, dst + size, nbytes - size, room - size
+            if not room or len(taken) == MAX_ENTRIES:
+                yield FRAME_NBYTES - room, taken
+                taken, room = [], FRAME_NBYTES
+    if taken:
+        yield FRAME_NBYTES - room, taken
 
 
 class Job:
@@ -62,17 +57,17 @@ class Job:
 
     __slots__ = ("_frames", "_landed", "_stopped", "_token", "nbytes", "ticket", "unanswered")
 
-    def __init__(self, ticket: int, writes: Sequence[Write], token: bytes) -> None:
+    def __init__(self, ticket: int, writes: Sequence[Write], nbytes: int, token: bytes) -> None:
         self.ticket = ticket
-        self.nbytes = sum(write.nbytes for write in writes)
+        self.nbytes = nbytes
         self.unanswered = 0
         self._token = token
         self._landed = 0
         self._stopped: str | None = None
-        frames = list(cut(writes))
-        self._frames = deque(
-            Frame(index, index == len(frames) - 1, nbytes, pieces) for index, (nbytes, pieces) in enumerate(frames)
-        )
+        pieces = [(write.region, write.src_offset, write.dst_offset, write.nbytes) for write in writes]
+        fits = nbytes <= FRAME_NBYTES and len(pieces) <= MAX_ENTRIES
+        frames = [(nbytes, pieces)] if fits else list(cut(pieces))
+        self._frames = deque(Frame(index, index == len(frames) - 1, *each) for index, each in enumerate(frames))
 
     @property
     def has_more(self) -> bool:
@@ -83,7 +78,7 @@ class Job:
         """The next frame and its head; counts as sent from now on."""
         frame = self._frames.popleft()
         self.unanswered += 1
-        entries = [(write.region, write.nbytes, write.dst_offset) for write in frame.writes]
+        entries = [(region, nbytes, dst) for region, _, dst, nbytes in frame.pieces]
         head = Head(self.ticket, frame.index, frame.last, frame.nbytes, len(entries), self._token)
         return frame, head.pack(entries)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Failed, LinkDown, LinkUp, Write
+from kvpoll_common.outbox import Outbox
+from kvpoll_common.writes import check_writes
+from kvpoll_fsm.spi import Failed, LinkDown, LinkUp, Write
 from kvpoll_tcp.backlog import Job
-from kvpoll_tcp.lane import Cancel, Lane
-from kvpoll_tcp.outbox import Outbox
-from kvpoll_tcp.wire import MAX_OFFSET, TOKEN_NBYTES
+from kvpoll_tcp.lane import Lane
+from kvpoll_tcp.wire import TOKEN_NBYTES
 
-__all__ = ["LinkStatus", "TcpLink", "check_writes"]
+__all__ = ["LinkStatus", "TcpLink"]
 
 
 class LinkStatus:
@@ -71,22 +71,22 @@ class TcpLink:
         Raises:
             InvalidInput: A write outside the source's regions, nothing to write, or too much.
         """
-        check_writes(writes, self._sources, self._max_entries)
+        nbytes = check_writes(writes, self._sources, self._max_entries)
         ticket = next(self._tickets)
         if len(token) != TOKEN_NBYTES:
             self._outbox.put(Failed(ticket, "the token is none of a tcp transport", quiescent=True))
             return ticket
-        job = Job(ticket, writes, token)
-        chosen = min(range(len(self._lanes)), key=self._load_nbytes)
-        self._given_nbytes[chosen] += job.nbytes
-        if not self._lanes[chosen].post(job):
+        job = Job(ticket, writes, nbytes, token)
+        chosen = min(range(len(self._lanes)), key=self._load_nbytes) if len(self._lanes) > 1 else 0
+        self._given_nbytes[chosen] += nbytes
+        if not self._lanes[chosen].submit(job):
             self._outbox.put(Failed(ticket, "the link is closed", quiescent=True))
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """Ask that a ticket end soon: at the end of the frame that is on its way."""
         for lane in self._lanes:
-            lane.post(Cancel(ticket))
+            lane.cancel(ticket)
 
     def close(self) -> None:
         """End the link; tickets in flight end Failed. Returns at once and may be called twice."""
@@ -96,25 +96,3 @@ class TcpLink:
 
     def _load_nbytes(self, lane: int) -> int:
         return self._given_nbytes[lane] - self._lanes[lane].ended_nbytes
-
-
-def check_writes(writes: Sequence[Write], sources: Mapping[int, memoryview], max_entries: int) -> None:
-    """Refuse writes that cannot be sent. Whether they may land is for the receiver to say.
-
-    Raises:
-        InvalidInput: Says which write is wrong.
-    """
-    if not 0 < len(writes) <= max_entries:
-        raise InvalidInput(f"{len(writes)} writes under one ticket: 1 to {max_entries} are possible")
-    total = 0
-    for write in writes:
-        source = sources.get(write.region)
-        if source is None:
-            raise InvalidInput(f"{write}: region {write.region} is not registered")
-        if write.nbytes < 1 or write.src_offset < 0 or write.src_offset + write.nbytes > len(source):
-            raise InvalidInput(f"{write}: the source's region has bytes 0 to {len(source)}")
-        if not 0 <= write.dst_offset <= MAX_OFFSET - write.nbytes:
-            raise InvalidInput(f"{write}: impossible destination")
-        total += write.nbytes
-    if total > MAX_TICKET_NBYTES:
-        raise InvalidInput(f"{total} bytes under one ticket: at most {MAX_TICKET_NBYTES} are possible")

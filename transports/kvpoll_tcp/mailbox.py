@@ -1,4 +1,4 @@
-"""How other threads give a connection's thread something to do."""
+"""How the driver gives a connection's thread something to do, and the thread lends it the connection meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import threading
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 __all__ = ["Mailbox"]
@@ -14,11 +15,19 @@ OrderT = TypeVar("OrderT")
 
 
 class Mailbox(Generic[OrderT]):
-    """Orders for one thread, which sleeps here until one comes or its socket becomes readable."""
+    """Orders for one thread, which sleeps here until one comes or its socket becomes readable.
+
+    A thread that has nothing to do may lend what it owns to the one that posts; any order takes it back.
+
+    Attributes:
+        is_lent: What the thread owns is the poster's until he posts. Only he may rely on True.
+    """
 
     def __init__(self) -> None:
+        self.is_lent = False
         self._lock = threading.Lock()
         self._orders: list[OrderT] = []
+        self._take_back: Callable[[], None] | None = None
         self._asleep = False
         self._is_open = False
         self._fd = -1
@@ -29,15 +38,25 @@ class Mailbox(Generic[OrderT]):
         self._is_open = True
 
     def post(self, order: OrderT) -> bool:
-        """Leave an order; False if nobody will read it any more. For any thread."""
+        """Leave an order; False if nobody will read it any more. For one thread only where the owner ever lends."""
         with self._lock:
             if not self._is_open:
                 return False
+            if self.is_lent and self._take_back is not None:
+                self._take_back()
+            self.is_lent = False
             self._orders.append(order)
             if self._asleep:
                 self._asleep = False
                 os.eventfd_write(self._fd, 1)
             return True
+
+    def lend(self, give: Callable[[], None], take_back: Callable[[], None]) -> None:
+        """Lend, unless an order is here already: `give` is called now, `take_back` by whoever posts the next order."""
+        with self._lock:
+            if not self._orders:
+                self.is_lent, self._take_back = True, take_back
+                give()
 
     def take(self) -> list[OrderT]:
         """The orders since the last call."""

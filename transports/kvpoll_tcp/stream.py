@@ -51,14 +51,14 @@ class Stream:
         """Readable when answers are here."""
         return self._socket.fileno()
 
-    def send(self, views: list[memoryview]) -> int:
-        """Hand bytes to the kernel; returns how many it took, perhaps none.
+    def send(self, views: list[memoryview], flags: int = 0) -> int:
+        """Hand bytes to the kernel; returns how many it took, perhaps none. MSG_DONTWAIT among the flags: at once.
 
         Raises:
             OSError: As the socket says.
         """
         try:
-            sent = self._socket.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg(views, (), flags | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return 0
         self._moved_at = time.monotonic()
@@ -72,22 +72,31 @@ class Stream:
             MalformedMessage: It sent something else.
             OSError: As the socket says.
         """
-        data = self._rest
-        try:
-            while True:
-                more = self._socket.recv(_ANSWERS_NBYTES, socket.MSG_DONTWAIT)
-                if not more:
-                    raise Broken("the peer closed the connection")
-                data += more
-                if len(more) < _ANSWERS_NBYTES:  # else TLS may hold some that no poll of the socket shows
-                    break
-        except BlockingIOError:
-            if len(data) == len(self._rest):
-                return []
+        data = self._rest + self._read()
+        if len(data) == len(self._rest):
+            return []
         self._moved_at = time.monotonic()
         whole = len(data) - len(data) % ACK_NBYTES
         self._rest = data[whole:]
         return Ack.unpack_all(data[:whole])
+
+    def _read(self) -> bytes:
+        """What is here. That the connection has ended counts once nothing is left to read; it is met again then."""
+        data = b""
+        while True:
+            try:
+                more = self._socket.recv(_ANSWERS_NBYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return data
+            except OSError:
+                if data:
+                    return data
+                raise
+            if not more and not data:
+                raise Broken("the peer closed the connection")
+            data += more
+            if len(more) < _ANSWERS_NBYTES:  # else TLS may hold some that no poll of the socket shows
+                return data
 
     def still_since(self) -> float:
         """When something moved last: a send, an answer, or bytes that the peer's kernel took from ours."""

@@ -12,19 +12,20 @@ from typing import Any
 
 import msgspec
 
+from kvpoll_common.grants import Grants
+from kvpoll_common.outbox import Outbox
+from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
 from kvpoll_fsm.errors import InvalidInput, MalformedMessage, TransportUnavailable
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, LinkDown, Range, Region
 from kvpoll_tcp.contexts import check_verifies, fingerprint_of
 from kvpoll_tcp.crew import Crew
-from kvpoll_tcp.grants import Grants
 from kvpoll_tcp.handshake import Descriptor, new_identity, read_descriptor
-from kvpoll_tcp.lane import Lane
+from kvpoll_tcp.lane import Lane, Shared
 from kvpoll_tcp.link import LinkStatus, TcpLink
-from kvpoll_tcp.outbox import Outbox
 from kvpoll_tcp.receiver import Landing, Listener
-from kvpoll_tcp.regions import check_ranges, check_region, describe, read_regions
 from kvpoll_tcp.settings import TcpSettings
 from kvpoll_tcp.sockets import advertised, listen
+from kvpoll_tcp.watch import Watch
 from kvpoll_tcp.wire import WRITER_NBYTES
 
 __all__ = ["TcpTransport"]
@@ -64,7 +65,8 @@ class TcpTransport:
         self._settings = TcpSettings(**settings)
         self._regions: dict[int, memoryview] = {}
         self._outbox = Outbox()
-        self._grants = Grants(self._outbox)
+        self._watch = Watch()
+        self._grants = Grants(self._outbox, self.name)
         self._crew = Crew()
         self._links: list[TcpLink] = []
         self._link_numbers = itertools.count()
@@ -95,8 +97,10 @@ class TcpTransport:
 
     def _open(self, undo: contextlib.ExitStack) -> None:
         listening = undo.enter_context(listen(self._settings))
-        self._outbox.open()
         undo.callback(self._outbox.close)
+        self._watch.open()
+        undo.callback(self._watch.close)
+        self._watch.add(self._outbox.open())
         tls = b"" if self._settings.tls is None else fingerprint_of(self._settings.tls[0])
         self._identity = new_identity(*advertised(listening, self._settings), tls)
         self._listener = Listener(self._identity, Landing(self._regions, self._grants), self._settings, self._crew)
@@ -151,8 +155,8 @@ class TcpTransport:
         number = next(self._link_numbers)
         status = LinkStatus(number, self._outbox)
         settings = self._settings
-        shared = (self._regions, self._outbox, status, settings, self._writer)
-        lanes = [Lane(peer, *shared) for _ in range(settings.streams)]
+        shared = Shared(self._regions, self._outbox, settings, self._writer, self._watch)
+        lanes = [Lane(peer, shared, status) for _ in range(settings.streams)]
         most = self.capabilities.scatter_entries
         link = TcpLink(number, lanes, self._regions, self._outbox, self._tickets, most)
         self._links = [other for other in self._links if not other.is_closed]
@@ -166,11 +170,13 @@ class TcpTransport:
 
     def completions(self) -> list[Completion]:
         """What has happened since the last call, in order."""
+        self._outbox.about_to_take()
+        self._watch.turn()
         return self._outbox.take()
 
     def fileno(self) -> int | None:
         """Readable when `completions()` has something; None before `start` and after `close`."""
-        return self._outbox.fileno()
+        return self._watch.fileno()
 
     def close(self) -> None:
         """End links, threads and ports, and let go of the regions. May be called twice.
@@ -185,6 +191,7 @@ class TcpTransport:
         if self._listener is not None:
             self._listener.stop()
         self._crew.join()
+        self._watch.close()
         self._outbox.close()
         self._links.clear()
         self._regions.clear()

@@ -59,8 +59,8 @@ FRAME_MAGIC = 0x564B
 
 FRAME_NBYTES = 4 << 20
 """Most payload bytes of a frame. A cancel takes effect at the end of one."""
-MAX_ENTRIES = 1023
-"""Most entries of a frame: with the head they fill one call's 1,024 pieces (IOV_MAX)."""
+MAX_ENTRIES = 1024
+"""Most entries of a frame: one call reads them into place (IOV_MAX)."""
 MAX_OFFSET = (1 << 63) - 1
 TOKEN_NBYTES = 16
 NONCE_NBYTES = 32
@@ -132,7 +132,7 @@ class Hello:
         return cls(version, incarnation, nonce, writer)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """What precedes a frame's entries and payload."""
 
@@ -147,9 +147,9 @@ class Head:
         """The head and its entries as bytes."""
         flags = _LAST if self.last else 0
         first = (FRAME_MAGIC, _DATA, flags, self.index, self.ticket)
-        packed = [_HEAD.pack(*first, self.nbytes, self.entries, 0, self.token)]
-        packed += [_ENTRY.pack(region, 0, nbytes, offset) for region, nbytes, offset in entries]
-        return b"".join(packed)
+        packed = _HEAD.pack(*first, self.nbytes, self.entries, 0, self.token)
+        flat = [number for region, nbytes, offset in entries for number in (region, 0, nbytes, offset)]
+        return packed + struct.pack("<" + "HHIQ" * len(entries), *flat)
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Head:
@@ -171,19 +171,19 @@ class Head:
         Raises:
             MalformedMessage: An empty entry, or sizes that do not add up to the payload.
         """
-        entries: list[Entry] = []
-        total = 0
-        for region, zero, nbytes, offset in _ENTRY.iter_unpack(data):
-            if zero or not nbytes:
-                raise MalformedMessage("a frame with an entry that is none")
-            entries.append((region, nbytes, offset))
-            total += nbytes
+        read = list(_ENTRY.iter_unpack(data))
+        entries: list[Entry] = [
+            (region, nbytes, offset) for region, zero, nbytes, offset in read if nbytes and not zero
+        ]
+        if len(entries) < len(read):
+            raise MalformedMessage("a frame with an entry that is none")
+        total = sum([nbytes for _, nbytes, _ in entries])
         if total != self.nbytes:
             raise MalformedMessage(f"a frame of {self.nbytes} bytes whose entries have {total}")
         return entries
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ack:
     """The answer to one frame."""
 

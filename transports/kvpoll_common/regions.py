@@ -1,4 +1,4 @@
-"""Registered memory as peers know it, and what is refused of it. Shared with kvpoll_shm."""
+"""Registered memory as peers know it, and what is refused of it."""
 
 from __future__ import annotations
 

@@ -13,17 +13,15 @@ import itertools
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.spi import Fenced, Range
-from kvpoll_tcp.outbox import Outbox
-from kvpoll_tcp.wire import TOKEN_NBYTES
 
-__all__ = ["Grant", "Grants"]
+__all__ = ["TOKEN_NBYTES", "Grant", "Grants"]
 
-_log = logging.getLogger("kvpoll_tcp")
-
+TOKEN_NBYTES = 16
 LEAVE_S = 5.0
 """How long `end` waits for those inside: system calls that were cut off, or a copy of some MiB."""
 LIED = "was still writing under a token when its room took the word that it was not"
@@ -48,37 +46,38 @@ class Grant:
         self.cuts: set[Callable[[], None]] = set()
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
-        for each in sorted(ranges, key=lambda r: (r.region, r.offset)):
-            self._append(each)
+        for region, offset, nbytes in sorted([(each.region, each.offset, each.nbytes) for each in ranges]):
+            self._append(region, offset, offset + nbytes)
 
-    def _append(self, each: Range) -> None:
-        starts = self._starts.setdefault(each.region, [])
-        ends = self._ends.setdefault(each.region, [])
-        end = each.offset + each.nbytes
-        if ends and each.offset <= ends[-1]:
+    def _append(self, region: int, start: int, end: int) -> None:
+        ends = self._ends.get(region)
+        if ends is None:
+            self._starts[region], self._ends[region] = [start], [end]
+        elif start <= ends[-1]:
             ends[-1] = max(ends[-1], end)  # neighbours are one: a write may span blocks that lie side by side
         else:
-            starts.append(each.offset)
+            self._starts[region].append(start)
             ends.append(end)
 
-    def admits(self, region: int, offset: int, nbytes: int) -> bool:
-        """Whether all of the bytes lie inside one range."""
-        starts = self._starts.get(region)
-        if starts is None:
-            return False
-        at = bisect.bisect_right(starts, offset) - 1
-        return at >= 0 and offset + nbytes <= self._ends[region][at]
+    def admits(self, entries: Iterable[tuple[int, int, int]]) -> bool:
+        """Whether each (region, offset, bytes) lies inside one range."""
+        starts, ends, find = self._starts, self._ends, bisect.bisect_right
+        for region, offset, nbytes in entries:
+            at = find(starts.get(region, ()), offset) - 1
+            if at < 0 or offset + nbytes > ends[region][at]:
+                return False
+        return True
 
 
 class Grants:
-    """All grants that are alive.
+    """All grants of one transport that are alive.
 
     Attributes:
         refusals: Whom and what the transport turned away.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
-        self.refusals = Refusals("tcp", _log)
+    def __init__(self, outbox: Outbox, transport: str) -> None:
+        self.refusals = Refusals(transport, logging.getLogger(f"kvpoll_{transport}"))
         self._lock = threading.Condition(threading.Lock())
         self._outbox = outbox
         self._grants: dict[bytes, Grant] = {}

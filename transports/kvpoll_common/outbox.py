@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 
@@ -18,11 +17,13 @@ class Outbox:
         self._lock = threading.Lock()
         self._items: list[Completion] = []
         self._signalled = False
+        self._taker = 0
         self._fd: int | None = None
 
-    def open(self) -> None:
-        """Make the file descriptor."""
+    def open(self) -> int:
+        """Make the file descriptor and return it."""
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        return self._fd
 
     def put(self, *items: Completion) -> None:
         """Append, and make the file descriptor readable."""
@@ -30,18 +31,21 @@ class Outbox:
             return
         with self._lock:
             self._items.extend(items)
-            wake = not self._signalled and self._fd is not None
+            if self._signalled or self._fd is None or self._taker == threading.get_ident():
+                return
             self._signalled = True
-        if wake:
-            self._signal()
+            os.eventfd_write(self._fd, 1)
+
+    def about_to_take(self) -> None:
+        """The calling thread takes soon: what it puts before that need not wake anybody."""
+        self._taker = threading.get_ident()
 
     def take(self) -> list[Completion]:
-        """Everything put since the last call. The file descriptor may stay readable once too often."""
-        if self._fd is not None:
-            with contextlib.suppress(BlockingIOError):  # nothing new
-                os.eventfd_read(self._fd)
+        """Everything put since the last call."""
         with self._lock:
-            # Only now: whoever put something before this line is served by this very call.
+            self._taker = 0
+            if self._signalled and self._fd is not None:
+                os.eventfd_read(self._fd)
             self._signalled = False
             items, self._items = self._items, []
         return items
@@ -52,11 +56,7 @@ class Outbox:
 
     def close(self) -> None:
         """Close the file descriptor; what is left can still be taken. Nobody may put any more."""
-        fd, self._fd = self._fd, None
+        with self._lock:
+            fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
-
-    def _signal(self) -> None:
-        fd = self._fd
-        if fd is not None:
-            os.eventfd_write(fd, 1)

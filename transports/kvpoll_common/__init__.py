@@ -1,0 +1,1 @@
+"""What our transports share; for them alone, and no part of the API."""
