@@ -25,6 +25,7 @@ class Inbox:
     def __init__(self) -> None:
         self._tasks: deque[Task] = deque()
         self._fd = -1
+        self._woken = False
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
 
     def __len__(self) -> int:
@@ -38,14 +39,18 @@ class Inbox:
     def put(self, task: Task) -> None:
         """Leave a task and wake who is to do it."""
         self._tasks.append(task)
+        if self._woken:  # who is to do it has not looked yet, and will see this one too
+            return
         with self._lock:
             if self._fd >= 0:
+                self._woken = True
                 os.eventfd_write(self._fd, 1)
 
     def heard(self, readable: set[int]) -> None:
         """Let the file descriptor be quiet until the next task comes."""
         if self._fd in readable:
             os.eventfd_read(self._fd)
+            self._woken = False  # before the tasks are looked at: one that comes from now on wakes again
 
     def run(self, for_s: float = math.inf) -> None:
         """Do what is there now, for so long at most; a task that raises is logged and keeps no other."""

@@ -89,6 +89,25 @@ class ReceiverBlocks(Session):
         part: Number of the part that is next or under way.
     """
 
+    __slots__ = (
+        "_announced",
+        "_behind",
+        "_exact",
+        "_grant",
+        "_held",
+        "_job",
+        "_loose",
+        "_phase",
+        "_report",
+        "_second",
+        "_sender_alive",
+        "_sender_gate",
+        "_sender_generation",
+        "ledger",
+        "options",
+        "part",
+    )
+
     def __init__(self, room_key: RoomKey, deadlines: Deadlines, options: ReceiverOptions) -> None:
         super().__init__(room_key, deadlines)
         self.options = options

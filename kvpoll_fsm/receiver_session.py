@@ -24,6 +24,8 @@ _LANDED = ("landed", "checking", "verifying", "acked", "rejected")
 class ReceiverSession(ReceiverBlocks):
     """One life of a room at one receiver rank; `ReceiverBlocks` says how its grants come and go."""
 
+    __slots__ = ()
+
     def __init__(self, room_key: RoomKey, deadlines: Deadlines, options: ReceiverOptions) -> None:
         super().__init__(room_key, deadlines, options)
         self._sender_generation = 0

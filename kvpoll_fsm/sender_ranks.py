@@ -51,6 +51,20 @@ class SenderRanks(Session):
         part: Number of the part that is next or under way.
     """
 
+    __slots__ = (
+        "_blocks",
+        "_phase",
+        "_tokens",
+        "_turned_away",
+        "ledger",
+        "options",
+        "part",
+        "ready_tokens",
+        "required",
+        "slots",
+        "staged",
+    )
+
     def __init__(self, room_key: RoomKey, deadlines: Deadlines, options: SenderOptions) -> None:
         super().__init__(room_key, deadlines)
         self.options = options

@@ -28,6 +28,8 @@ _GATES_OF_RANKS = (Gate.waiting_ranks, Gate.waiting_resume)
 class SenderSession(SenderRanks):
     """One life of a room at its sender; `SenderRanks` says how its receivers come and grant."""
 
+    __slots__ = ()
+
     # What the session is asked
 
     @property

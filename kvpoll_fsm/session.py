@@ -84,6 +84,24 @@ class Session:
         news: Heartbeats have something to say that they have not said yet; unset by whoever says it.
     """
 
+    __slots__ = (
+        "_armed",
+        "_cleared",
+        "_epoch",
+        "_gate_mark",
+        "_lifecycle",
+        "_out",
+        "_told",
+        "bytes_done",
+        "conns",
+        "deadlines",
+        "failure",
+        "history",
+        "news",
+        "parts",
+        "room_key",
+    )
+
     _handlers: ClassVar[dict[type, Callable[[Any, Any], None]]] = {}
     _message_handlers: ClassVar[dict[type, Callable[[Any, int, Any], None]]] = {}
 
