@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.figures import needed, summary
-from benchmarks.peers.ours_rooms import isolations
 from benchmarks.plane import Plan, Plane
 from benchmarks.plots import draw
 from benchmarks.report import into_page, markdown
@@ -91,7 +90,6 @@ def _machine() -> dict[str, object]:
         "software": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "load at the start": round(os.getloadavg()[0], 2),
         "cases": list(CASES),
-        "isolations": isolations(),
     }
 
 

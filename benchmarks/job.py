@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
 
-from benchmarks.peers.ours_rooms import isolations
+from benchmarks.peers.ours_rooms import ISOLATIONS
 from benchmarks.peers.ours_writes import names
 from benchmarks.results import Results
 from kvpoll_fsm import demo
@@ -20,17 +18,10 @@ def measure(results: Results, tokens: tuple[int, ...], rounds: int) -> Iterator[
     for round_ in range(rounds):
         for size in tokens:
             for transport in names():
-                for isolation, setting in _settings():
-                    plan = Plan(tokens=size, transport=f"require:{transport}", **setting)
+                for isolation in ISOLATIONS:
+                    plan = Plan(tokens=size, transport=f"require:{transport}", isolation=isolation)
                     _one(results, round_, f"main job, {size} tokens, {transport} {isolation}", plan)
                     yield
-
-
-def _settings() -> list[tuple[str, dict[str, Any]]]:
-    """The isolations, once the demo can be told; its default else."""
-    if any(field.name == "isolation" for field in fields(Plan)):
-        return [(name, {"isolation": name}) for name in isolations()]
-    return [("thread", {})]
 
 
 def _one(results: Results, round_: int, name: str, plan: Plan) -> None:

@@ -8,25 +8,24 @@ code. Calls take what happened; `drain()` returns what is to be done about it, i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from typing import Any
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
 from kvpoll_fsm.commands import CancelTimer, Command, Fence, Grant, Regrant, Release, Send, SetTimer
 from kvpoll_fsm.connection import UNSEEN, Connection, Origin
-from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
 from kvpoll_fsm.errors import FailureCode, LimitReached
-from kvpoll_fsm.layout import Layout
+from kvpoll_fsm.heartbeats import Heartbeats
 from kvpoll_fsm.lessor import WITHDRAW_TIMER, Lessor
-from kvpoll_fsm.limits import Limits
-from kvpoll_fsm.messages import Beat, Frame, Hello, Message, Stranger, Welcome
-from kvpoll_fsm.parking import Parking, Told, refusal
+from kvpoll_fsm.messages import Frame, Hello, Message, Stranger, Welcome
+from kvpoll_fsm.options import CoreOptions
+from kvpoll_fsm.parking import Parking
 from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.receiver_session import ReceiverOptions, ReceiverSession
 from kvpoll_fsm.rooms import Rooms
+from kvpoll_fsm.routing import Router
 from kvpoll_fsm.sender_session import SenderOptions, SenderSession
 from kvpoll_fsm.session import RoomKey, Session
 
@@ -35,50 +34,22 @@ __all__ = ["Changed", "CoreOptions", "Do", "Effect", "EndpointCore", "Hangup", "
 UNKNOWN_THERE = "the peer does not know this connection any more: it was restarted, or took us for lost"
 
 
-@dataclass(frozen=True, slots=True)
-class CoreOptions:
-    """What an endpoint is.
-
-    Attributes:
-        incarnation: 16 random bytes, new with every start.
-        layout: Fields, and tokens per block of its own pool.
-        offers: The transports peers can write to us through.
-        blocks: Blocks in the pool.
-        managed: We choose blocks; otherwise the engine names them.
-        limits: How much peers may take.
-    """
-
-    incarnation: bytes
-    layout: Layout
-    offers: tuple[messages.TransportOffer, ...]
-    blocks: int
-    managed: bool = True
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    limits: Limits = field(default_factory=Limits)
-
-
 class EndpointCore:
     """All the state of one endpoint that decides anything.
 
     Attributes:
         options: What the endpoint is.
-        parking: Reservations that no open room could take.
-        ignored: Messages for rooms that are not here (any more).
-        refused: How often something of a peer was refused, by reason.
     """
 
     def __init__(self, options: CoreOptions) -> None:
         self.options = options
         self._rooms = Rooms()
-        self.parking = Parking(options.limits)
-        self.ignored = 0
-        self.refused: dict[str, int] = {}
         self._out = Outbox()
         self._peers = Peers(options.incarnation, options.layout, options.offers, self._out, options.limits)
         accounts = BlockAccounts(options.blocks, options.managed)
         self._lessor = Lessor(accounts, options.layout.block_tokens, options.deadlines.withdraw_s, self._out)
-        self._rooms_of: dict[int, dict[RoomKey, None]] = {}
-        self._host_alive = True
+        self._router = Router(self._rooms, self._peers, options.limits, self._out)
+        self._heartbeats = Heartbeats(self._rooms, self._peers, options.deadlines, self._out)
 
     @property
     def accounts(self) -> BlockAccounts:
@@ -95,6 +66,21 @@ class EndpointCore:
         """Peers by connection number."""
         return self._peers.connections
 
+    @property
+    def parking(self) -> Parking:
+        """Reservations that no open room could take."""
+        return self._router.parking
+
+    @property
+    def ignored(self) -> int:
+        """Messages for rooms that are not here (any more)."""
+        return self._router.ignored
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How often something of a peer was refused, by reason."""
+        return self._router.refused
+
     # Rooms, for the host
 
     def open_sender(self, room: int, options: SenderOptions) -> RoomKey:
@@ -106,7 +92,9 @@ class EndpointCore:
         key = self._rooms.new_key("sender", room, 0)
         self._add(key, SenderSession(key, self.options.deadlines, options))
         for parked in self.parking.adopt(room):
-            self._reserve(parked.conn, parked.reserve)
+            self._router.reserve(parked.conn, parked.reserve)
+            if self._out.inputs:
+                self._run()
         return key
 
     def open_receiver(self, room: int, rank: int, options: ReceiverOptions) -> RoomKey:
@@ -125,7 +113,7 @@ class EndpointCore:
         if options.exact:
             self._lessor.take_exact(key, options.exact)
         session = ReceiverSession(key, self.options.deadlines, options)
-        self._join(session, options.conn)
+        self._rooms.join(session, options.conn)
         self._add(key, session)
         return key
 
@@ -173,7 +161,7 @@ class EndpointCore:
         connection = self._peers.connected_to(address)
         if connection is None:
             connection = self._peers.call(address)
-            self._rooms_of[connection.number] = {}
+            self._rooms.by_conn[connection.number] = {}
         connection.idle_ticks = 0
         return connection.number
 
@@ -184,12 +172,12 @@ class EndpointCore:
         """
         known = self._peers.caller(packet.incarnation)
         if known is not None and not known.fits(origin):
-            self._refuse("an incarnation that belongs to another key")
+            self._router.refuse("an incarnation that belongs to another key")
             return None
         if known is None and not self._make_place(origin):
             return None
         number = self._peers.answer(packet, origin).number
-        self._rooms_of.setdefault(number, {})
+        self._rooms.by_conn.setdefault(number, {})
         return number
 
     def welcome(self, conn: int, packet: Welcome) -> None:
@@ -217,7 +205,7 @@ class EndpointCore:
         """
         connection = self._peers.find(packet.target, packet.source, outgoing=not packet.outgoing)
         if connection is not None and origin is not None and not connection.fits(origin):
-            self._refuse("a frame in another peer's name")
+            self._router.refuse("a frame in another peer's name")
             return None
         if connection is None:
             return None
@@ -227,7 +215,7 @@ class EndpointCore:
                 self._deliver(connection, message)
         connection.news.confirmed(packet.heard)
         for beat in connection.channel.beats(packet):
-            self._beat(connection, beat)
+            self._heartbeats.hear(connection, beat)
         if connection.channel.owes_ack and connection.number in self.connections:
             self._peers.must_flush(connection.number)
         self._run()
@@ -241,7 +229,7 @@ class EndpointCore:
 
     def end(self, conn: int, detail: str, code: FailureCode = FailureCode.PeerLost) -> None:
         """A connection ends for good; its rooms are told, and the peer, in case it hears us."""
-        rooms = self._rooms_of.pop(conn, None)
+        rooms = self._rooms.by_conn.pop(conn, None)
         if rooms is None:  # gone, or ending at this moment
             return
         for key in rooms:
@@ -281,21 +269,11 @@ class EndpointCore:
             self._out.feed(key, inputs.Worked())
         self._run()
         for key in working:
-            self._spread(key)
-        stirred, self._host_alive = host_alive is not self._host_alive, host_alive
-        for connection in list(self.connections.values()):
-            rooms = self._rooms_of.get(connection.number)
-            if rooms is None:  # ended with another
-                continue
-            if stirred:
-                connection.news.add_all(rooms)
-            if connection.peer is not None:
-                self._peers.heartbeat(connection, list(self._beats(connection, working)))
-            reason = connection.tick(self.options.deadlines, busy=bool(rooms))
-            if reason:
-                self.end(connection.number, reason)
+            self._heartbeats.spread(key)
+        for conn, reason in self._heartbeats.tick(host_alive, working):
+            self.end(conn, reason)
         after = math.ceil(self.options.limits.orphan_s / self.options.deadlines.heartbeat_s)
-        self._turn_away(self.parking.expire(after))
+        self._router.turn_away(self.parking.expire(after))
 
     def resend_tick(self) -> None:
         """`RESEND_AFTER_S` has passed: send again what is not acknowledged, say Hello again."""
@@ -321,12 +299,11 @@ class EndpointCore:
         """A copy that shares nothing mutable."""
         copy = EndpointCore(self.options)
         copy._out = self._out.clone()
+        copy._rooms = self._rooms.clone()
         copy._peers = self._peers.clone(copy._out)
         copy._lessor = self._lessor.clone(copy._out)
-        copy.parking, copy.ignored, copy.refused = self.parking.clone(), self.ignored, dict(self.refused)
-        copy._rooms = self._rooms.clone()
-        copy._rooms_of = {conn: dict(rooms) for conn, rooms in self._rooms_of.items()}
-        copy._host_alive = self._host_alive
+        copy._router = self._router.clone(copy._rooms, copy._peers, copy._out)
+        copy._heartbeats = self._heartbeats.clone(copy._rooms, copy._peers, copy._out)
         return copy
 
     def key(self) -> tuple[Any, ...]:
@@ -337,7 +314,6 @@ class EndpointCore:
             self._lessor.key(),
             self.parking.key(),
             self._rooms.key(),
-            tuple((conn, tuple(rooms)) for conn, rooms in self._rooms_of.items()),
             (*self._out.effects, *self._out.last.values()),
         )
 
@@ -354,39 +330,20 @@ class EndpointCore:
             session = self.sessions.get(key)
             if session is None:
                 continue
-            for command in self._feed_safely(session, event):
+            for command in session.feed_safely(event):
                 self._carry_out(key, session, command)
             self._out.changed(key)
             if session.news:
                 session.news = False
-                self._spread(key)
+                self._heartbeats.spread(key)
             if session.finished:
-                self._forget(key)
+                self._rooms.forget(key)
         while self._peers.overflowed:
             self.end(*self._peers.overflowed.popitem())
 
-    def _feed_safely(self, session: Session, event: inputs.Input) -> list[Command]:
-        """Feed one input; an exception fails this room and nothing else."""
-        try:
-            return session.feed(event)
-        except Exception as error:  # any bug in a session must stay in its room
-            if isinstance(event, inputs.Crashed):
-                raise
-            return session.feed(inputs.Crashed(f"{type(error).__name__} at {type(event).__name__}: {error}"))
-
-    def _forget(self, key: RoomKey) -> None:
-        for conn in self.sessions[key].conns:
-            self._rooms_of.get(conn, {}).pop(key, None)
-        self._rooms.forget(key)
-
-    def _join(self, session: Session, conn: int) -> None:
-        """The room is one of the connection's."""
-        self._rooms_of[conn][session.room_key] = None
-        session.conns = (*session.conns, conn)
-
     def _carry_out(self, key: RoomKey, session: Session, command: Command) -> None:
         if isinstance(command, Send):
-            self._send(session, command)
+            self._router.send(session, command)
         elif isinstance(command, (SetTimer, CancelTimer)):
             self._out.timer(key, command)
         elif isinstance(command, Grant):
@@ -400,122 +357,28 @@ class EndpointCore:
                 self._lessor.quarantine(key, command.part)
             self._out.emit(Do(key, command))
 
-    def _send(self, session: Session, command: Send) -> None:
-        never_opened = isinstance(session, SenderSession) and not session.was_opened
-        if never_opened and isinstance(command.message, messages.Abort) and command.conn in self.connections:
-            self.parking.dismiss(command.conn, command.message)
-        self._peers.push(command.conn, command.message)
-
     # Inside: messages
 
     def _deliver(self, connection: Connection, message: Message) -> None:
         if isinstance(message, messages.Bye):
             self.end(connection.number, "the peer said bye")
         elif not isinstance(message, messages.Reserve):
-            self._route(connection, message)
+            self._router.route(connection, message)
         elif connection.outgoing:
-            self.ignored += 1  # only those who said Hello reserve
+            self._router.ignored += 1  # only those who said Hello reserve
         else:
-            self._reserve(connection.number, message)
-
-    def _reserve(self, conn: int, message: messages.Reserve) -> None:
-        """A receiver is here: give it to the open room it fits, or keep it for the next opening."""
-        if self.parking.is_dismissed(conn, message):
-            self.ignored += 1
-            return
-        session = self._rooms.open_sender(message.room)
-        if session is not None and session.admits(conn, message):
-            self._enter(session.room_key, conn, message)
-        else:
-            self._turn_away(self.parking.park(conn, message, self.connections[conn].account))
-
-    def _enter(self, key: RoomKey, conn: int, message: messages.Reserve) -> None:
-        rooms, limit = self._rooms_of[conn], self.options.limits.rooms_per_peer
-        if key not in rooms and len(rooms) >= limit:
-            return self._turn_away([(conn, refusal(message, "rooms_per_peer", limit))])
-        if key not in rooms:
-            self._join(self.sessions[key], conn)
-        self._give(key, conn, message)
-
-    def _turn_away(self, receivers: list[Told]) -> None:
-        """Tell receivers that their reservations are void."""
-        for conn, abort in receivers:
-            if abort.failure.code is FailureCode.LimitReached:
-                self._refuse(abort.failure.detail)
-            self.parking.dismiss(conn, abort)
-            self._peers.push(conn, abort)
+            self._router.reserve(connection.number, message)
+        if self._out.inputs:
+            self._run()
 
     def _make_place(self, origin: Origin) -> bool:
         """Whether one more peer may come."""
         try:
             stranger = self._peers.place_for(origin)
         except LimitReached as error:
-            self._refuse(str(error))
+            self._router.refuse(str(error))
             return False
         if stranger is not None:
-            self._refuse("a peer that said nothing but Hello: another took its place")
+            self._router.refuse("a peer that said nothing but Hello: another took its place")
             self.end(stranger.number, "other peers need the place")
         return True
-
-    def _refuse(self, reason: str) -> None:
-        self.refused[reason] = self.refused.get(reason, 0) + 1
-
-    def _route(self, connection: Connection, message: Any) -> None:
-        if isinstance(message, messages.Abort) and not connection.outgoing:
-            self.parking.gave_up(connection.number, message)
-        key = self._key_of(connection, message)
-        if key is not None:
-            self._give(key, connection.number, message)
-            return
-        self.ignored += 1
-        answer = None if connection.outgoing else self.parking.answer(connection.number, message)
-        if answer is not None:
-            self._peers.push(connection.number, answer)
-
-    def _give(self, key: RoomKey, conn: int, message: Message) -> None:
-        if isinstance(message, (messages.Reserve, messages.Resume)):  # a new grant: it asks anew how things stand
-            self.connections[conn].news.add(key)
-        problem = self.connections[conn].problem_of(message)
-        of_room = self.sessions[key].binds
-        stranger = isinstance(message, messages.Resume) and not of_room(conn, message.rank, message.receiver_generation)
-        if problem and not stranger:
-            self._out.feed(key, inputs.AbortRoom(problem, FailureCode.ProtocolError))
-        else:
-            self._out.feed(key, inputs.MessageReceived(conn, message))
-        self._run()
-
-    def _key_of(self, connection: Connection, message: Any) -> RoomKey | None:
-        """The life of a room that a message or beat is for, or None if it is not here."""
-        if connection.outgoing:
-            return self._rooms.to_receiver(message)
-        return self._rooms.to_sender(connection.number, message)
-
-    # Inside: heartbeats
-
-    def _beat(self, connection: Connection, beat: Beat) -> None:
-        key = self._key_of(connection, beat) if beat.to_sender is not connection.outgoing else None
-        if key is None or beat.gate not in Gate.__members__:
-            return
-        session = self.sessions[key]
-        if isinstance(session, ReceiverSession) and session.sender_generation not in (0, beat.sender_generation):
-            return  # of another life of the sender's room
-        if session.binds(connection.number, beat.rank, beat.receiver_generation):
-            if session.gate is Gate.waiting_blocks:  # perhaps the sender was not there yet when it was said
-                connection.news.add(key)
-            said = (beat.bytes_done, beat.host_alive, beat.working)
-            self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), *said))
-
-    def _spread(self, key: RoomKey) -> None:
-        """Have the next heartbeats speak of a room."""
-        session = self.sessions.get(key)
-        for conn in session.conns if session else ():
-            if conn in self.connections:
-                self.connections[conn].news.add(key)
-
-    def _beats(self, connection: Connection, working: Collection[RoomKey]) -> Iterator[tuple[RoomKey, Beat]]:
-        """What is to be said through a connection, and of which rooms."""
-        for key in connection.news.take():
-            session = self.sessions.get(key)
-            if session is not None and not session.state.is_terminal:
-                for beat in session.beats(connection.number, self._host_alive, key in working):
-                    yield key, beat

@@ -422,12 +422,12 @@ class Driver:
 
     # The end
 
-    def begin_close(self, cause: str = "the endpoint was closed") -> None:
+    def begin_close(self, cause: str = "the endpoint was closed", code: FailureCode = FailureCode.Aborted) -> None:
         """Take no new room, fail what is live, tell peers; then the loop ends. Driver's thread."""
         if self._phase != "running":
             return
         for key in list(self.core.sessions):
-            self.core.feed(key, AbortRoom(cause))
+            self.core.feed(key, AbortRoom(cause, code))
             self.clear(key)
         self._timers.set("flush", FLUSH_S)
         self._phase = "closing"

@@ -130,30 +130,35 @@ class Room:
     @property
     def failure(self) -> Failure | None:
         """Why the room ended Failed, or None."""
+        self.poll()
         self.view.catch_up()
         return self.view.failure
 
     @property
     def history(self) -> tuple[KVPoll, ...]:
         """The states gone through, the present one last."""
+        self.poll()
         self.view.refresh()
         return self.view.history
 
     @property
     def parts(self) -> tuple[PartRecord, ...]:
         """The parts that have an outcome."""
+        self.poll()
         self.view.catch_up()
         return self.view.parts
 
     @property
     def gate(self) -> Gate:
         """What the room waits for."""
+        self.poll()
         self.view.refresh()
         return self.view.gate
 
     @property
     def bytes_done(self) -> int:
         """Bytes of the room that have landed, over all ranks, as far as this side knows."""
+        self.poll()
         self.view.refresh()
         return self.view.bytes_done
 
@@ -172,7 +177,8 @@ class Room:
         self._owner.dropped(self)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} room={self.room} rank={self.rank} {self.view.state}>"
+        state = "of another process" if self._engine.forked else self.view.state
+        return f"<{type(self).__name__} room={self.room} rank={self.rank} {state}>"
 
 
 class Sender(Room):

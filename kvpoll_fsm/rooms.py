@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import DuplicateRoom
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
@@ -18,12 +19,14 @@ class Rooms:
 
     Attributes:
         sessions: Every life of a room that is not over.
+        by_conn: Those that use a connection, by its number; ended connections are not listed.
     """
 
-    __slots__ = ("_cleared", "_generation", "_open", "sessions")
+    __slots__ = ("_cleared", "_generation", "_open", "by_conn", "sessions")
 
     def __init__(self) -> None:
         self.sessions: dict[RoomKey, Session] = {}
+        self.by_conn: dict[int, dict[RoomKey, None]] = {}
         self._open: dict[tuple[str, int, int], RoomKey] = {}
         self._cleared: dict[int, dict[RoomKey, None]] = {}  # by room: earlier lives that are not over
         self._generation = 0
@@ -50,9 +53,15 @@ class Rooms:
             del self._open[key.side, key.room, key.rank]
             self._cleared.setdefault(key.room, {})[key] = None
 
+    def join(self, session: Session, conn: int) -> None:
+        """A room is one of the connection's from now on."""
+        self.by_conn[conn][session.room_key] = None
+        session.conns = (*session.conns, conn)
+
     def forget(self, key: RoomKey) -> None:
         """A life that was cleared is over."""
-        del self.sessions[key]
+        for conn in self.sessions.pop(key).conns:
+            self.by_conn.get(conn, {}).pop(key, None)
         lives = self._cleared[key.room]
         del lives[key]
         if not lives:
@@ -75,6 +84,12 @@ class Rooms:
             session = self.sessions.get(key) if key else None
             if isinstance(session, ReceiverSession) and not session.state.is_terminal:
                 yield session
+
+    def find(self, connection: Connection, message: Any) -> RoomKey | None:
+        """The life of a room that a message or beat of a peer is for, or None if it is not here."""
+        if connection.outgoing:
+            return self.to_receiver(message)
+        return self.to_sender(connection.number, message)
 
     def to_receiver(self, message: Any) -> RoomKey | None:
         """The receiver's life that a message or beat of its sender is for, or None if it is not here."""
@@ -102,6 +117,7 @@ class Rooms:
     def clone(self) -> Rooms:
         """A copy that shares nothing mutable."""
         copy = Rooms()
+        copy.by_conn = {conn: dict(keys) for conn, keys in self.by_conn.items()}
         copy.sessions = {key: session.clone() for key, session in self.sessions.items()}
         copy._open = dict(self._open)
         copy._cleared = {room: dict(lives) for room, lives in self._cleared.items()}
@@ -112,4 +128,5 @@ class Rooms:
         """Canonical plain value of the state."""
         sessions = tuple(session.key() for session in self.sessions.values())
         cleared = tuple(key for lives in self._cleared.values() for key in lives)
-        return (self._generation, sessions, tuple(self._open.values()), cleared)
+        by_conn = tuple((conn, tuple(keys)) for conn, keys in self.by_conn.items())
+        return (self._generation, sessions, tuple(self._open.values()), cleared, by_conn)

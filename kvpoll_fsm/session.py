@@ -186,6 +186,15 @@ class Session:
         out, self._out = self._out, []
         return out
 
+    def feed_safely(self, event: Input) -> list[Command]:
+        """As `feed`; an exception fails this room and nothing else."""
+        try:
+            return self.feed(event)
+        except Exception as error:  # any bug in a session must stay in its room
+            if isinstance(event, Crashed):
+                raise
+            return self.feed(Crashed(f"{type(error).__name__} at {type(event).__name__}: {error}"))
+
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state; equal keys behave alike."""
         return (

@@ -14,28 +14,13 @@ import numpy as np
 from benchmarks.cases import KIB, Case
 from benchmarks.peers.base import Peer, Sample, Side, Told
 from benchmarks.peers.ours_writes import names
-from kvpoll_fsm import BlockPool, Endpoint, Field, InvalidInput, KVPoll, Layout
+from kvpoll_fsm import BlockPool, Endpoint, Field, KVPoll, Layout
 
-__all__ = ["PEERS", "isolations"]
+__all__ = ["ISOLATIONS", "PEERS"]
 
 WAIT_S = 60.0
 BLOCK_NBYTES = 64 * KIB
-
-
-def isolations() -> list[str]:
-    """What an endpoint of this version takes as `isolation`."""
-    return [name for name in ("thread", "process") if _takes(name)]
-
-
-def _takes(isolation: str) -> bool:
-    pool = BlockPool(Layout(block_tokens=1, fields=[Field("x", "uint8")]), blocks=1)
-    try:
-        Endpoint(pool=pool, isolation=isolation)
-    except InvalidInput:
-        return False
-    finally:
-        pool.close()
-    return True
+ISOLATIONS = ("thread", "process")
 
 
 class _Ours(Side):
@@ -132,6 +117,6 @@ def _peer(transport: str, isolation: str, checksum: bool | str) -> Peer:
 PEERS = [
     _peer(transport, isolation, checksum)
     for transport in names()
-    for isolation in isolations()
+    for isolation in ISOLATIONS
     for checksum in ("auto", False)
 ]

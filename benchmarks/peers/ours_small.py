@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.cases import ROOM, Case
 from benchmarks.peers.base import Peer, Sample, Side, Told
-from benchmarks.peers.ours_rooms import isolations
+from benchmarks.peers.ours_rooms import ISOLATIONS
 from benchmarks.peers.ours_writes import names
 from kvpoll_fsm import BlockPool, Endpoint, Field, KVPoll, Layout
 
@@ -107,5 +107,5 @@ PEERS = [
         verify=False,
     )
     for transport in names()
-    for isolation in isolations()
+    for isolation in ISOLATIONS
 ]

@@ -11,12 +11,13 @@ from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT
 from kvpoll_fsm.selection import Policy
 
-__all__ = ["DTYPES", "FIRST_ROOM", "RESUMES", "Plan", "available_nbytes", "require_transport"]
+__all__ = ["DTYPES", "FIRST_ROOM", "ISOLATIONS", "RESUMES", "Plan", "available_nbytes", "require_transport"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
 """Dtypes of the embeddings: those of which random bits make valid values."""
 
 RESUMES = ("drain", "extend")
+ISOLATIONS = ("auto", "process", "thread")
 """Ways to make room for the next part that need no engine (`manual` does)."""
 
 FIRST_ROOM = 42
@@ -50,6 +51,7 @@ class Plan:
         rooms: How many there are; their numbers start at `FIRST_ROOM`. All are opened at once.
         transport: A policy as `Endpoint` takes it.
         resume: What receivers do to make room for the next part.
+        isolation: Where endpoints' drivers run, as `Endpoint` takes it.
         at_once: Rooms whose data exists at the same time; bounds the memory the demo takes.
 
     Raises:
@@ -67,6 +69,7 @@ class Plan:
     rooms: int = 1
     transport: str = "prefer:shm,tcp"
     resume: str = "drain"
+    isolation: str = "auto"
     at_once: int = 1
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class Plan:
                 _require_within(field.name, getattr(self, field.name))
         _require_one_of("dtype", self.dtype, DTYPES)
         _require_one_of("resume", self.resume, RESUMES)
+        _require_one_of("isolation", self.isolation, ISOLATIONS)
         Policy.parse(self.transport)
         _ = self.layout
 

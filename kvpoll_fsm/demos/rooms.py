@@ -65,7 +65,8 @@ class Side:
         """Serve until orders end."""
         pool = BlockPool(self.plan.layout, self.blocks)
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        with Endpoint(pool=pool, transports=self.plan.transport, arrays="numpy") as self.endpoint:
+        plan = self.plan
+        with Endpoint(pool=pool, transports=plan.transport, arrays="numpy", isolation=plan.isolation) as self.endpoint:
             self._report("ready", address=str(self.endpoint.address))
             while self._open:
                 self._turn()

@@ -83,10 +83,12 @@ def _assemble(pipe: Pipe[frames.Command], setup: frames.Setup) -> tuple[Driver, 
 
 
 def _stand_back(nice: int, cpus: tuple[int, ...] | None) -> None:
-    if nice:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-    if cpus is not None:
-        os.sched_setaffinity(0, cpus)
+    """Every thread: those that imports have started, too; later ones follow their parents."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if nice:
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+        if cpus is not None:
+            os.sched_setaffinity(thread, cpus)
 
 
 def _refusal(error: Exception) -> frames.Refused:

@@ -16,6 +16,7 @@ import msgspec
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.commands import StartPart
 from kvpoll_fsm.driver import Driver
+from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover import frames
@@ -25,7 +26,6 @@ from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.results import Held, Results
 from kvpoll_fsm.mover.views import MoverView
 from kvpoll_fsm.outgoing import RoomSource, StagedElsewhere
-from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.staging import Destination
@@ -114,7 +114,7 @@ class Desk:
             self._gone = True
             self._driver.unwatch(self._pipe.fileno())
             self._driver.unwatch(self._host.pidfd)
-            self._driver.begin_close("the host process is gone")
+            self._driver.begin_close("the host process is gone", FailureCode.PeerLost)
 
     def end_turn(self) -> None:
         """Tell the host what is new."""
@@ -204,7 +204,7 @@ class Desk:
         for these in _pieces(views):
             changes = [self._change(view) for view in these]
             # The host may give the place of one that is over to another room: what it was told is all there is.
-            rows = [(view, view.state, view.parts_told) for view in these if not view.over]
+            rows = [(view, view.states, view.parts_told) for view in these if not view.over]
             self._pipe.send(changes, [], partial(_write, rows))
 
     def _change(self, view: MoverView) -> frames.Changed:
@@ -215,7 +215,7 @@ class Desk:
             self._views.pop(view.number, None)
         return frames.Changed(
             view.number,
-            view.state,
+            view.states,
             failure=view.failure,
             parts=parts,
             quiescent=view.quiescent,
@@ -242,10 +242,10 @@ def _pieces(items: list[T]) -> Iterator[list[T]]:
     return (items[at : at + MOST_ROWS] for at in range(0, len(items), MOST_ROWS))
 
 
-def _write(rows: list[tuple[MoverView, KVPoll, int]]) -> None:
+def _write(rows: list[tuple[MoverView, int, int]]) -> None:
     """Show what the host has been told."""
-    for view, state, parts in rows:
-        view.write(state, parts)
+    for view, states, parts in rows:
+        view.write(states, parts)
 
 
 MOST_ROWS = 200

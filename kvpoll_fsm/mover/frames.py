@@ -161,7 +161,7 @@ class Changed(_Struct, frozen=True, tag=3):
     """What is new of a room. A final state is in the table once this has been sent, others before.
 
     Attributes:
-        state: Its `KVPoll`.
+        states: One bit for each state it has gone through, as in the status table.
         parts: Those that have an outcome since the last time.
         quiescent: No write can land, or read its source, any more.
         over: The room is forgotten.
@@ -171,7 +171,7 @@ class Changed(_Struct, frozen=True, tag=3):
     """
 
     number: int
-    state: int
+    states: int
     failure: Failure | None = None
     parts: tuple[PartRecord, ...] = ()
     quiescent: bool = False

@@ -18,7 +18,6 @@ __all__ = ["HostView", "MoverView"]
 CATCH_UP_S = 30.0
 """Longest wait for word that is on its way."""
 _UNTOLD: tuple[KVPoll, bool, bool] = (KVPoll.Bootstrapping, False, False)
-_BY_NUMBER = {int(state): state for state in KVPoll}
 
 
 class HostView(RoomView):
@@ -66,7 +65,6 @@ class HostView(RoomView):
 
     def hear(self, change: Changed, data: Any, kind: Kind, layout: Layout) -> None:
         """Take what the mover tells; `data` is the memory of a result. Listener's thread."""
-        state = _BY_NUMBER[change.state]
         self.failure = self.failure or change.failure
         self.parts += change.parts
         self.quiescent = self.quiescent or change.quiescent
@@ -75,8 +73,8 @@ class HostView(RoomView):
             self.source = None
         if data is not None:
             self._make = (layout, change.total_tokens, data, kind)
-        if state.is_terminal:
-            self.table.states[self.number] |= 1 << state
+        if STATES[change.states].is_terminal:
+            self.table.states[self.number] |= change.states
             self.told = True
         self.wake()
 
@@ -122,7 +120,12 @@ class MoverView(RoomView):
             table.states[number] |= 1 << state
         self._teller.seen(self)
 
-    def write(self, state: KVPoll, parts: int) -> None:
-        """Write a state, and how many parts have an outcome; the host has been sent all that belongs to it."""
+    @property
+    def states(self) -> int:
+        """One bit for each state the room has gone through, however fast."""
+        return sum(1 << state for state in self.history)
+
+    def write(self, states: int, parts: int) -> None:
+        """Write the states, and how many parts have an outcome; the host has been sent all that belongs to them."""
         self.table.parts[self.number] = parts
-        self.table.states[self.number] |= 1 << state
+        self.table.states[self.number] |= states

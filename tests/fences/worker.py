@@ -69,6 +69,7 @@ class FenceHost(Host):
     def __init__(self) -> None:
         super().__init__()
         self.watches: dict[str, Watch] = {}
+        self.overwritten: set[int] = set()
         self._sampling: tuple[threading.Thread, threading.Event, list[str], list[int]] | None = None
 
     def open(
@@ -197,7 +198,7 @@ class FenceHost(Host):
             assert copy or handle.wait_quiescent(30)
             for array in targets:
                 array.view(np.uint8)[...] = SCORCH[0]
-            handle.tag = "overwritten"  # type: ignore[attr-defined]
+            self.overwritten.add(room)
 
         if copy:
             overwrite()
@@ -205,8 +206,7 @@ class FenceHost(Host):
             threading.Thread(target=overwrite, name="overwrites", daemon=True).start()
 
     def until_overwritten(self, room: int, timeout: float = 10.0) -> bool:
-        handle = self.rooms["main", "sender", room, 0]
-        return _await(lambda: getattr(handle, "tag", "") == "overwritten", timeout)
+        return _await(lambda: room in self.overwritten, timeout)
 
     def close_links(self, name: str = "main") -> None:
         """End all data links from this side."""

@@ -124,7 +124,7 @@ def _slow(stack: ExitStack) -> tuple[Endpoint, Endpoint, Room, Room]:
 
 
 def rx_moving(stack: ExitStack) -> Place:
-    tx, rx, _, _ = _slow(stack)
+    tx = _slow(stack)[0]
     far = stack.enter_context(moved(pool=pool(4096), deadlines=LOSABLE))
     sender = tx.sender(ROOM + 1, required_ranks=1)
     receiver = far.receiver(ROOM + 1, peer=tx.address, tokens=4096 * 16)
@@ -155,7 +155,7 @@ SCENES: list[tuple[Scene, Gate]] = [
 @pytest.mark.parametrize(("scene", "gate"), SCENES)
 def test_a_mover_killed_at_a_gate_fails_the_room_and_is_replaced(scene: Scene, gate: Gate) -> None:
     with ExitStack() as stack:
-        one, other, handle = scene(stack)
+        one, _, handle = scene(stack)
         until(lambda: handle.gate is gate, f"{gate}, not {handle.gate}")
         before = handle.history
         kill(one)
