@@ -85,6 +85,12 @@ class Config:
         if self.advertise is not None:
             self.advertise.with_port(self.advertise.port or 1).require_reachable()
 
+    def advertised(self, bound: Address) -> Address:
+        """The control address that peers are told, of an endpoint that listens there."""
+        if self.advertise is None:
+            return bound
+        return self.advertise.with_port(self.advertise.port or bound.port).with_key(bound.key)
+
     def options_of(self, transport: str) -> dict[str, Any]:
         """Keyword settings for a transport; tcp listens where the control plane does unless told otherwise."""
         options = dict(self.transport_options.get(transport, {}))

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.address import Address
@@ -23,9 +23,10 @@ from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import check_introduction
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.core import Changed, CoreOptions, Do, Effect, EndpointCore, Transmit
+from kvpoll_fsm.core import CoreOptions, EndpointCore
 from kvpoll_fsm.display import Display
 from kvpoll_fsm.errors import EndpointClosed, FailureCode, LimitReached
+from kvpoll_fsm.guest import Guest
 from kvpoll_fsm.inbox import Inbox
 from kvpoll_fsm.incoming import Incoming
 from kvpoll_fsm.inputs import AbortRoom
@@ -34,11 +35,11 @@ from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.outgoing import Outgoing
-from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.performer import Performer
 from kvpoll_fsm.reception import Reception
 from kvpoll_fsm.recorder import Recorder
 from kvpoll_fsm.requests import Requests
-from kvpoll_fsm.session import RoomKey, Session
+from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.spi import CountsRefusals, Transport
 from kvpoll_fsm.staging import Destination, new_arrays
 from kvpoll_fsm.status import Sign
@@ -50,27 +51,6 @@ __all__ = ["Driver"]
 
 log = logging.getLogger("kvpoll_fsm")
 T = TypeVar("T")
-
-
-class Guest(Protocol):
-    """Has a turn in every turn of the loop; the mover's desk is one."""
-
-    def fileno(self) -> int:
-        """Readable when the guest has something to do; watched from the start."""
-        ...
-
-    def take_turn(self, readable: set[int]) -> None:
-        """Do what there is to do, before the core's effects are carried out; `readable` are watched descriptors."""
-        ...
-
-    def end_turn(self) -> None:
-        """The effects of this turn have been carried out."""
-        ...
-
-    def destination(self, layout: Layout, total_tokens: int) -> Destination:
-        """Where a receiver's room goes, instead of new arrays."""
-        ...
-
 
 POLL_INTERVAL_S = 0.001
 """How often a transport without a `fileno()` is asked, while there is something it could tell."""
@@ -159,7 +139,7 @@ class Driver:
         offers = self._carriers.start(self.pool)
         check_introduction(incarnation, self.pool.layout, offers)
         self.bound = self._control.start()
-        self.address = self._advertised(self.bound)
+        self.address = self.config.advertised(self.bound)
         self._workers.start()
         self.core = EndpointCore(self._options(incarnation, offers))
         self._assemble()
@@ -167,12 +147,6 @@ class Driver:
         self._carriers.watch(self._actions.lost)
         if self._guest is not None:
             self._control.watch(self._guest.fileno())
-
-    def _advertised(self, bound: Address) -> Address:
-        advertise = self.config.advertise
-        if advertise is None:
-            return bound
-        return advertise.with_port(advertise.port or bound.port).with_key(bound.key)
 
     def _options(self, incarnation: bytes, offers: tuple[TransportOffer, ...]) -> CoreOptions:
         pool, config = self.pool, self.config
@@ -187,6 +161,8 @@ class Driver:
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
         self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
         self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest is None)
+        parts = (self._control, self._carriers, self._actions, self.incoming, self.outgoing, self._display, self.recorder)
+        self._performer = Performer(core, *parts)
         self._reception = Reception(core, self._control, self.recorder)
 
     def _destination(self, layout: Layout, total_tokens: int) -> Destination:
@@ -287,25 +263,8 @@ class Driver:
 
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle. Driver's thread."""
-        if self._cause is not None:  # the room ended with the driver
-            return
-        session = self.core.sessions.get(key)
-        self.core.clear(key)
-        if session is not None:
-            self._show(key, session)
-
-    def show(self, key: RoomKey) -> None:
-        """Bring a room's view up to date. Driver's thread."""
-        session = self.core.sessions.get(key)
-        if session is not None:
-            self._show(key, session)
-
-    def _show(self, key: RoomKey, session: Session) -> None:
-        if session.quiescent:
-            self.outgoing.forget(key)
-            if session.state is KVPoll.Failed:
-                self.incoming.forget(key)
-        self._display.show(key, session)
+        if self._cause is None:  # otherwise the room ended with the driver
+            self._performer.clear(key)
 
     # The loop
 
@@ -335,7 +294,7 @@ class Driver:
             self._actions.completed(name, completion)
         for timer, epoch in self._timers.due():
             self._timer(timer, epoch)
-        self._carry_out()
+        self._performer.carry_out()
         self.recorder.flush()
         if self._guest is not None:
             self._guest.end_turn()
@@ -364,7 +323,7 @@ class Driver:
             self.core.resend_tick()
         elif name == "ack":
             self._owed = False
-            self._carry_out()
+            self._performer.carry_out()
             self.core.flush(ack_now=True)
         elif name == "flush":
             self._flush_over = True
@@ -377,33 +336,6 @@ class Driver:
             self._sign.seen, self._host_seen_s = False, now
         return now - self._host_seen_s < self.config.deadlines.host_alive_s
 
-    # Effects
-
-    def _carry_out(self) -> None:
-        while effects := self.core.drain() or self._flushed():
-            for effect in effects:
-                self._effect(effect)
-        self._carriers.flush()
-
-    def _flushed(self) -> list[Effect]:
-        """What is said to peers: last, so that the host sees what they are told before its peers' hosts do."""
-        self.core.flush()
-        return self.core.drain()
-
-    def _effect(self, effect: Effect) -> None:
-        if isinstance(effect, Do):
-            self._actions.do(effect.key, effect.command)
-        elif isinstance(effect, Changed):
-            self.show(effect.key)
-            if effect.key not in self.core.sessions:
-                self._over(effect.key)
-        elif isinstance(effect, Transmit):
-            self.recorder.frame("out", effect.packet)
-            self._control.send(effect.conn, effect.packet)
-        else:
-            self._control.hang_up(effect.conn)
-            self._actions.hang_up(effect.conn)
-
     # Inside
 
     def _hashes(self, transport: str) -> bool:
@@ -413,12 +345,6 @@ class Driver:
     def _answer(self, key: RoomKey, action: Callable[[], None]) -> None:
         """Act for a room on the driver's thread, soon. For any thread."""
         self._inbox.put(lambda: self._actions.guarded(key, action))
-
-    def _over(self, key: RoomKey) -> None:
-        """A room that was cleared has ended for good."""
-        self._display.forget(key)
-        self.outgoing.forget(key)
-        self.incoming.forget(key)
 
     # The end
 
@@ -439,7 +365,7 @@ class Driver:
         if self._phase == "closing" and (self.outgoing.idle or self._flush_over):
             self._phase = "bye"
             self.core.say_bye()
-            self._carry_out()
+            self._performer.carry_out()
         return self._flush_over or (
             self._phase == "bye" and not any(c.must_hear for c in self.core.connections.values())
         )

@@ -1,6 +1,7 @@
-"""Brings a peer's message to the life of a room that it is for, and a room's to its peer; answers for rooms not open.
+"""Brings what peers say to the rooms it is for, and what rooms say to their peers.
 
-What it feeds to rooms is queued: its caller has the rooms take it.
+In place of a room that is not open here it answers itself. What it feeds to rooms is queued: its caller has them
+take it.
 """
 
 from __future__ import annotations

@@ -13,12 +13,13 @@ from kvpoll_fsm import messages
 from kvpoll_fsm.commands import Expose, Grant, SetTimer, StartPart
 from kvpoll_fsm.core import Do, EndpointCore, Transmit
 from kvpoll_fsm.deadlines import Gate
-from kvpoll_fsm.errors import DuplicateRoom, Failure, FailureCode, ForeignBlock, KVPoll, RequestTooLarge
+from kvpoll_fsm.errors import DuplicateRoom, Failure, FailureCode, ForeignBlock, RequestTooLarge
 from kvpoll_fsm.inputs import AbortRoom, Crashed, Granted, GrantRefused, PartWritten, RevokeGrant
 from kvpoll_fsm.limits import Limits
 from kvpoll_fsm.messages import Abort, Beat, Bye, Frame, Opened, Quiesced, Reserve, Withdraw
 from kvpoll_fsm.parking import Parking
 from kvpoll_fsm.peers import Peers
+from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import RoomKey
@@ -255,7 +256,7 @@ def test_a_rank_of_another_room_size_is_told_why_it_is_refused() -> None:
 
 def test_no_more_rooms_are_parked_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     one = world(blocks=8)
-    monkeypatch.setattr(one.hosts[SENDER].core, "parking", Parking(Limits(orphans=3)))
+    monkeypatch.setattr(one.hosts[SENDER].core._router, "parking", Parking(Limits(orphans=3)))
     keys = [one.open_receiver("r0", room, blocks=1) for room in range(5)]
     one.run()
     parking = one.hosts[SENDER].core.parking
@@ -335,7 +336,7 @@ def test_a_sender_that_was_cleared_while_it_writes_does_not_say_that_nothing_lan
 def test_words_of_a_room_that_is_not_here_are_counted_and_answered() -> None:
     one = transfer(500).open()
     one.world.run()
-    ids = {"room": 99, "rank": 0, "sender_generation": 0, "receiver_generation": 5}
+    ids: dict[str, Any] = {"room": 99, "rank": 0, "sender_generation": 0, "receiver_generation": 5}
     failure = Failure.of(FailureCode.Aborted, "no", state=B, rank=0)
     core, peer = one.world.hosts[SENDER].core, one.world.hosts["r0"].core
     before = core.ignored, peer.ignored
@@ -361,7 +362,7 @@ def test_beats_of_another_life_are_not_heard() -> None:
     one = transfer(500, 2).open()
     run_until(one.world, lambda: one.tx.state is W)
     slot = one.tx.slots[0]
-    generations = {"sender_generation": 1, "receiver_generation": slot.generation + 5}
+    generations: dict[str, Any] = {"sender_generation": 1, "receiver_generation": slot.generation + 5}
     told = Beat(to_sender=True, room=7, rank=0, **generations, gate="waiting_blocks", bytes_done=0, host_alive=True)
     connection = one.world.hosts["r0"].core.connections[1]
     packet = connection.channel.heartbeat((told, told))
@@ -418,8 +419,9 @@ def test_a_crash_while_blocks_are_exposed_gives_them_back_and_the_grant_comes_to
     key = core.open_receiver(5, 0, ReceiverOptions(conn, 1, 2, BLOCK, "drain"))
     exposes = [e.command for e in core.drain() if isinstance(e, Do) and isinstance(e.command, Expose)]
     core.feed(key, Crashed("RuntimeError: no"))
-    assert core.sessions[key].failure is not None
-    assert core.sessions[key].failure.code is FailureCode.InternalError
+    failure = core.sessions[key].failure
+    assert failure is not None
+    assert failure.code is FailureCode.InternalError
     assert core.load().free == 8
     before = core.key()
     core.feed(key, granted(exposes[0]))
@@ -510,6 +512,7 @@ def ids_of(one: Transfer) -> dict[str, int]:
     return {"room": one.room, "rank": 0} | generation
 
 
+FORGED_GRANT = messages.BlockGrant(1, 8, (0, 1), (("memory", b"t"),))
 FORGED: dict[str, tuple[str, Any]] = {
     "an ack of another part": ("r0", lambda ids: messages.PartAck(part=9, **ids)),
     "an ack nobody asked for": ("r0", lambda ids: messages.PartAck(part=1, **ids)),
@@ -522,11 +525,17 @@ FORGED: dict[str, tuple[str, Any]] = {
     "another total": (SENDER, lambda ids: forged_report(total_tokens=60, **ids)),
     "an outcome of nothing": (SENDER, lambda ids: messages.PartOutcome(part=1, is_last=False, state=T, **ids)),
 }
-FORGED_GRANT = messages.BlockGrant(1, 8, (0, 1), (("memory", b"t"),))
 
 
 def forged_report(**fields: Any) -> messages.PartReport:
-    right = {"part": 1, "offset": 8, "tokens": 8, "total_tokens": 20, "is_last": False, "transport": "memory"}
+    right: dict[str, Any] = {
+        "part": 1,
+        "offset": 8,
+        "tokens": 8,
+        "total_tokens": 20,
+        "is_last": False,
+        "transport": "memory",
+    }
     return messages.PartReport(**(right | fields))
 
 

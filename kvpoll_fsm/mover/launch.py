@@ -71,7 +71,11 @@ def launch() -> Launched:
         command = [sys.executable, "-m", "kvpoll_fsm.mover", str(theirs.fileno())]
         try:
             process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=_environment(),
             )
         except (OSError, subprocess.SubprocessError) as error:
             ours.close()

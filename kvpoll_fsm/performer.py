@@ -1,0 +1,104 @@
+"""Carries out what the core decides: on the wire, in the transports, and in what hosts see of their rooms."""
+
+from __future__ import annotations
+
+from kvpoll_fsm.actions import Actions
+from kvpoll_fsm.carriers import Carriers
+from kvpoll_fsm.control import Control
+from kvpoll_fsm.core import Changed, Do, Effect, EndpointCore, Transmit
+from kvpoll_fsm.display import Display
+from kvpoll_fsm.incoming import Incoming
+from kvpoll_fsm.outgoing import Outgoing
+from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.recorder import Recorder
+from kvpoll_fsm.session import RoomKey, Session
+
+__all__ = ["Performer"]
+
+
+class Performer:
+    """Used by the driver's thread alone."""
+
+    def __init__(
+        self,
+        core: EndpointCore,
+        control: Control,
+        carriers: Carriers,
+        actions: Actions,
+        incoming: Incoming,
+        outgoing: Outgoing,
+        display: Display,
+        recorder: Recorder,
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            core: Whose effects they are.
+            control: Sends packets.
+            carriers: Send what they have gathered when all is carried out.
+            actions: Carries out what sessions command.
+            incoming: Lets go of receivers' rooms that are over.
+            outgoing: Lets go of senders' rooms that nothing is written for any more.
+            display: Shows rooms.
+            recorder: Keeps the trace.
+        """
+        self._core = core
+        self._control = control
+        self._carriers = carriers
+        self._actions = actions
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._display = display
+        self._recorder = recorder
+
+    def carry_out(self) -> None:
+        """Carry out effects until there are none left."""
+        while effects := self._core.drain() or self._flushed():
+            for effect in effects:
+                self._effect(effect)
+        self._carriers.flush()
+
+    def clear(self, key: RoomKey) -> None:
+        """The host drops its handle."""
+        session = self._core.sessions.get(key)
+        self._core.clear(key)
+        if session is not None:
+            self._show(key, session)
+
+    def show(self, key: RoomKey) -> None:
+        """Bring a room's view up to date."""
+        session = self._core.sessions.get(key)
+        if session is not None:
+            self._show(key, session)
+
+    def _flushed(self) -> list[Effect]:
+        """What is said to peers: last, so that the host sees what they are told before its peers' hosts do."""
+        self._core.flush()
+        return self._core.drain()
+
+    def _effect(self, effect: Effect) -> None:
+        if isinstance(effect, Do):
+            self._actions.do(effect.key, effect.command)
+        elif isinstance(effect, Changed):
+            self.show(effect.key)
+            if effect.key not in self._core.sessions:
+                self._over(effect.key)
+        elif isinstance(effect, Transmit):
+            self._recorder.frame("out", effect.packet)
+            self._control.send(effect.conn, effect.packet)
+        else:
+            self._control.hang_up(effect.conn)
+            self._actions.hang_up(effect.conn)
+
+    def _show(self, key: RoomKey, session: Session) -> None:
+        if session.quiescent:
+            self._outgoing.forget(key)
+            if session.state is KVPoll.Failed:
+                self._incoming.forget(key)
+        self._display.show(key, session)
+
+    def _over(self, key: RoomKey) -> None:
+        """A room that was cleared has ended for good."""
+        self._display.forget(key)
+        self._outgoing.forget(key)
+        self._incoming.forget(key)
