@@ -206,6 +206,12 @@ AIMS: tuple[Aim, ...] = (
         "both pass the kernel's two copies; iperf3 reads the same small buffer again and again, we into place",
         least=1.5,
     ),
+    Aim(
+        "tcp over iperf3's one stream with the congestion control that we ask for: at least 1.5",
+        faster(("tcp", "64MiB", "alone"), ("iperf3 reno", "64MiB", "alone")).value,
+        "as above",
+        least=1.5,
+    ),
     Aim("tcp over gloo, the worst from 1 MiB on, scattered too: above 1", _against("torch gloo"), _FIXED, least=1.0),
     Aim(
         "tcp over NIXL's tcp, likewise: above 1",

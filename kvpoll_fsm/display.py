@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,4 +94,7 @@ def log_end(view: RoomView) -> None:
     text = "room ended side=%s room=%d rank=%d tag=%s state=%s parts=%d tokens=%d seconds=%.3f cause=%s"
     level = logging.INFO if view.failure is None else logging.WARNING
     place = (view.side, view.room, view.rank, view.tag)
-    log.log(level, text, *place, view.state, len(view.parts), tokens, seconds, view.failure)
+    try:
+        log.log(level, text, *place, view.state, len(view.parts), tokens, seconds, view.failure)
+    except Exception:  # a handler of the host's that raises must end nobody's rooms
+        traceback.print_exc()

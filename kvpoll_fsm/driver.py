@@ -161,8 +161,8 @@ class Driver:
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
         self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
         self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest is None)
-        parts = (self._control, self._carriers, self._actions, self.incoming, self.outgoing, self._display, self.recorder)
-        self._performer = Performer(core, *parts)
+        moving = (self._actions, self.incoming, self.outgoing)
+        self._performer = Performer(core, self._control, self._carriers, *moving, self._display, self.recorder)
         self._reception = Reception(core, self._control, self.recorder)
 
     def _destination(self, layout: Layout, total_tokens: int) -> Destination:

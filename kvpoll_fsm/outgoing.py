@@ -23,7 +23,7 @@ from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Tran
 from kvpoll_fsm.spi import Progress as TicketProgress
 from kvpoll_fsm.staging import TokenSource, checksum_runs, stage
 
-__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "StagedElsewhere", "Submit"]
+__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "StagedElsewhere", "Submit", "Unreadable"]
 
 log = logging.getLogger("kvpoll_fsm")
 Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int], None]
@@ -65,6 +65,18 @@ class StagedElsewhere(abc.ABC):
     @abc.abstractmethod
     def stage(self, command: StartPart, then: Callable[[Exception | None], None]) -> None:
         """Have a part copied, and call `then` on the driver's thread, once, with what kept it from being so."""
+
+
+class Unreadable(Exception):
+    """A source cannot be read here after all.
+
+    Attributes:
+        instead: What the room is staged from instead.
+    """
+
+    def __init__(self, why: str, instead: StagedElsewhere) -> None:
+        super().__init__(why)
+        self.instead = instead
 
 
 RoomSource = TokenSource | EngineBlocks | StagedElsewhere
@@ -161,9 +173,12 @@ class Outgoing:
             self._writings[key, target.rank] = _Writing(key, command, target)
         source = self.sources.get(key)
         if isinstance(source, StagedElsewhere) and command.attempt == 0:
-            source.stage(command, lambda error: self._staged(key, command, error))
+            self._elsewhere(key, command, source)
         else:
             self._staged(key, command, None)
+
+    def _elsewhere(self, key: RoomKey, command: StartPart, source: StagedElsewhere) -> None:
+        source.stage(command, lambda error: self._staged(key, command, error))
 
     def _staged(self, key: RoomKey, command: StartPart, error: Exception | None) -> None:
         """The data are in our blocks, or a worker can bring them there."""
@@ -260,6 +275,9 @@ class Outgoing:
         return _Prepared(slots, of_room, checksum_runs(self._pool, slots, of_room) if wanted else None)
 
     def _prepared(self, key: RoomKey, command: StartPart, result: object) -> None:
+        if isinstance(result, Unreadable) and key in self.sources:
+            self.sources[key] = result.instead
+            return self._elsewhere(key, command, result.instead)
         for target in command.targets:
             writing = self._writings[key, target.rank]
             try:

@@ -20,6 +20,7 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
     if sock.family == socket.AF_INET:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 class Receiver(Side):
@@ -103,7 +104,7 @@ PEERS = [
         "limit",
         Sender,
         Receiver,
-        settings="one connection, sendmsg of up to 1,024 pieces, reads of 64 KiB, buffers of 512 KiB, one byte back",
+        settings="one connection, sendmsg of up to 1,024 pieces, reads of 64 KiB, buffers of 512 KiB, reno, one byte back",
         loop="beside",
     )
 ]

@@ -45,6 +45,7 @@ class Sender(Side):
     def join(self, told: Told) -> None:
         """Remember the port."""
         self._command = ["iperf3", "-c", "127.0.0.1", "-p", str(told["port"]), "-n", str(NBYTES), "-J"]
+        self._command += self.options["more"]
 
     def transfer(self) -> Sample:
         """One run; the time is the one iperf3 took itself, for what its server received."""
@@ -69,17 +70,23 @@ def _answers(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-PEERS = [
-    Peer(
-        "iperf3",
+def _peer(name: str, more: tuple[str, ...], settings: str) -> Peer:
+    return Peer(
+        name,
         "limit",
         Sender,
         Receiver,
-        settings="one stream, 512 MiB a run, its defaults otherwise (buffers of 128 KiB)",
+        settings=f"one stream, 512 MiB a run, {settings} (buffers of 128 KiB)",
         loop="beside",
         cases=("64MiB",),
         needs=("iperf3",),
         install="apt-get install iperf3",
+        options={"more": more},
         verify=False,
     )
+
+
+PEERS = [
+    _peer("iperf3", (), "its defaults otherwise"),
+    _peer("iperf3 reno", ("-C", "reno"), "-C reno, which is what we ask for within one machine"),
 ]

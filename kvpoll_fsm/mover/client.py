@@ -93,7 +93,7 @@ class ProcessEngine:
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._ended: str | None = None
         self._closing = threading.Event()
-        self._results = SharedResults(lambda segment: None)
+        self._results = SharedResults(lambda segment, again: None)
 
     # Start and end
 
@@ -237,16 +237,18 @@ class ProcessEngine:
                 self._pending.append(command)
                 return
             mover.pipe.post(command)
-        if not mover.pipe.flush():
-            os.eventfd_write(self._wake, 1)  # the listener sends the rest
+        if not mover.pipe.flush():  # the listener sends the rest
+            with self._lock:
+                if self._ended is None:  # else the descriptor's number is somebody else's
+                    os.eventfd_write(self._wake, 1)
 
-    def _free(self, mover: Launched, segment: int) -> None:
+    def _free(self, mover: Launched, segment: int, again: bool) -> None:
         """The host has no array over a segment of this mover any more; another's segments have the same numbers."""
         if self.forked:  # the lock may be held for ever here
             return
         with self._lock:
             if self.mover is mover:
-                self._post(frames.Free(segment))
+                self._post(frames.Free(segment, again))
 
     # Listening
 
@@ -273,14 +275,13 @@ class ProcessEngine:
         if mover is None:
             return "it was never there"
         self._results = SharedResults(partial(self._free, mover))
+        problem = ""
         try:
-            while not mover.pipe.ended:
-                mover.pipe.wait(SIGN_S, self._wake)
-                _quiet(self._wake)
-                self._give_sign()
-                mover.pipe.flush()
-                for event in mover.pipe.read():
-                    self._ways[type(event)](event)
+            while not mover.pipe.ended and self._hear(mover):
+                pass
+        except (OSError, MemoryError) as error:  # what it has told is lost, but the next may fare better
+            problem = f"{error}: "
+            mover.kill()
         except BaseException:
             mover.kill()
             raise
@@ -288,7 +289,19 @@ class ProcessEngine:
             with self._lock:
                 self.mover = None
             how = mover.end()
-        return how
+        return problem + how
+
+    def _hear(self, mover: Launched) -> bool:
+        """Wait for what the mover says, and take it; False once it has ended and said all."""
+        running = mover.running
+        mover.pipe.wait(SIGN_S, self._wake)
+        _quiet(self._wake)
+        self._give_sign()
+        mover.pipe.flush()
+        events = mover.pipe.read()
+        for event in events:
+            self._ways[type(event)](event)
+        return running or bool(events)
 
     def _give_sign(self) -> None:
         """Let the mover know that the host has called lately."""
@@ -300,7 +313,7 @@ class ProcessEngine:
         log.error("the mover was lost: %s", how)
         with self._lock:
             lost, self._views = self._views, {}
-            self._pending = [frames.Ask(number, asked[0]) for number, asked in self._asked.items()]
+            self._pending = [frames.Ask(number, asked[0]) for number, asked in list(self._asked.items())]
         self._results.clear()
         _fail_all(lost, FailureCode.MoverLost, f"the mover was lost: {how}")
         while not self._closing.is_set():
@@ -312,7 +325,7 @@ class ProcessEngine:
                 self._pool.renew()
                 self._bring_up()
                 break
-            except KvpollError as error:
+            except (KvpollError, OSError) as error:
                 log.error("the mover cannot be replaced: %s", error)
         return failures
 
@@ -418,7 +431,7 @@ def _quiet(eventfd: int) -> None:
 def _fail_all(views: dict[int, HostView], code: FailureCode, detail: str) -> None:
     """Nobody will write to, or read from, their memory any more."""
     for view in views.values():
-        if not view.state.is_terminal:
+        if not view.told:
             rank = view.rank if view.side == "receiver" else None
             view.fail(Failure.of(code, detail, state=view.state, rank=rank))
             log_end(view)

@@ -89,7 +89,7 @@ class Desk:
             frames.Clear: self._clear,
             frames.Ask: self._ask,
             frames.Staged: self._staged,
-            frames.Free: lambda command: self._results.free(command.segment),
+            frames.Free: lambda command: self._results.free(command.segment, again=command.again),
             frames.Close: lambda command: driver.begin_close(),
         }
 
@@ -151,9 +151,9 @@ class Desk:
         if view is None:
             return
         layout, total = self._driver.pool.layout, command.total_tokens
-        source: RoomSource = StagedByHost(self, command.number)
+        source: RoomSource = (by_host := StagedByHost(self, command.number))
         if self._host.readable:
-            source = HostSource(layout, total, self._host.pid, command.addresses)
+            source = HostSource(layout, total, self._host.pid, command.addresses, by_host)
         self._requests.supply(view, source, Supplied(total, total, staged=True))
 
     def _abort(self, command: frames.Abort) -> None:

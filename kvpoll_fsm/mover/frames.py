@@ -126,9 +126,10 @@ class Staged(_Struct, frozen=True, tag=8):
 
 
 class Free(_Struct, frozen=True, tag=9):
-    """The host has no array over this segment any more."""
+    """The host has no array over this segment any more. Unless `again`, a child of its may have one."""
 
     segment: int
+    again: bool
 
 
 class Close(_Struct, frozen=True, tag=10):

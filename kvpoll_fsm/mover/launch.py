@@ -38,6 +38,11 @@ class Launched:
         """Its number."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """It has not ended. Its socket alone would not tell: a child forked during the launch has that too."""
+        return self._process.poll() is None
+
     def end(self, within_s: float = EXIT_S) -> str:
         """Wait until it has ended, and kill it if it does not; returns how it did."""
         self.pipe.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.layout import Layout
+from kvpoll_fsm.outgoing import StagedElsewhere, Unreadable
 from kvpoll_fsm.staging import Piece
 
 __all__ = ["HostSource", "address_of", "allow_reading", "can_read"]
@@ -86,24 +87,39 @@ class HostSource:
         total_tokens: Tokens in every token field.
     """
 
-    __slots__ = ("_addresses", "_pid", "layout", "total_tokens")
+    __slots__ = ("_addresses", "_instead", "_pid", "layout", "total_tokens")
 
-    def __init__(self, layout: Layout, total_tokens: int, pid: int, addresses: tuple[int, ...]) -> None:
+    def __init__(
+        self, layout: Layout, total_tokens: int, pid: int, addresses: tuple[int, ...], instead: StagedElsewhere
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            layout: What they are.
+            total_tokens: Tokens in every token field.
+            pid: The host.
+            addresses: Where every field's bytes begin.
+            instead: For memory that turns out to be unreadable: a device's own, or another process may read us by now.
+        """
         self.layout = layout
         self.total_tokens = total_tokens
         self._pid = pid
         self._addresses = addresses
+        self._instead = instead
 
     def fill(self, field_number: int, arena: memoryview, pieces: Sequence[Piece]) -> None:
         """Copy pieces of a field's bytes into an arena.
 
         Raises:
-            InvalidInput: The host's memory cannot be read.
+            Unreadable: The host's memory cannot be read.
         """
         ours, theirs = address_of(arena), self._addresses[field_number]
         spans = iter([(ours + to, theirs + at, n) for whole in pieces for to, at, n in _cut(whole)])
         while some := list(islice(spans, _IOV_MAX)):
-            _read(self._pid, some)
+            try:
+                _read(self._pid, some)
+            except InvalidInput as error:
+                raise Unreadable(str(error), self._instead) from None
 
 
 def _cut(piece: Piece) -> list[Piece]:

@@ -87,12 +87,12 @@ class Results:
             memory, held = self._segments[number].buffer, Held(total_tokens, number, None, self.free)
         return Destination(layout, total_tokens, [memory[at : at + n] for at, n in places], held)
 
-    def free(self, number: int) -> None:
-        """Nobody uses the segment any more."""
+    def free(self, number: int, *, again: bool = True) -> None:
+        """Nobody uses the segment any more; unless `again`, it is not to be written again either."""
         with self._lock:
             segment = self._segments[number]
             size = segment.buffer.nbytes
-            if self._free_nbytes + size > KEPT_NBYTES:
+            if not again or self._free_nbytes + size > KEPT_NBYTES:
                 segment.close()
                 del self._segments[number]
                 self._unsaid.append((Dropped(number), []))
@@ -134,12 +134,23 @@ def _size_class(nbytes: int) -> int:
 
 
 class SharedResults:
-    """The host's side. `add` and `drop` for one thread."""
+    """The host's side. `add`, `drop` and `buffer` for one thread."""
 
-    def __init__(self, free: Callable[[int], None]) -> None:
-        """Store `free`, which is called, in any thread, with a segment that has no array any more."""
+    def __init__(self, free: Callable[[int, bool], None]) -> None:
+        """Store what is needed.
+
+        Args:
+            free: Called, in any thread, with a segment that has no array any more, and whether it may be used again.
+        """
         self._free = free
         self._mapped: dict[int, Mapped] = {}
+        self._in_use: set[int] = set()
+        self._inherited: set[int] = set()
+        _all.add(self)
+
+    def before_fork(self) -> None:
+        """A child may keep all arrays that there are: their memory must not change under it."""
+        self._inherited |= self._in_use
 
     def add(self, number: int, nbytes: int, fd: int) -> None:
         """Map a segment; takes over `fd`.
@@ -165,13 +176,26 @@ class SharedResults:
         if not number:
             return bytearray(inline)
         segment = self._mapped[number]
+        self._in_use.add(number)
         memory = segment.array()
         weakref.finalize(memory, self._done, segment, number).atexit = False
         return memory
 
     def _done(self, segment: Mapped, number: int) -> None:
-        """Nothing uses a room's data any more: `segment` was kept for them."""
-        self._free(number)
+        """Nothing here uses a room's data any more: `segment` was kept for them."""
+        self._in_use.discard(number)
+        again = number not in self._inherited
+        self._inherited.discard(number)
+        self._free(number, again)
+
+
+def _before_fork() -> None:
+    for results in list(_all):
+        results.before_fork()
+
+
+_all: weakref.WeakSet[SharedResults] = weakref.WeakSet()
+os.register_at_fork(before=_before_fork)
 
 
 class Mapped:

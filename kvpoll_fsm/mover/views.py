@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from kvpoll_fsm.arrays import Kind
+from kvpoll_fsm.errors import Failure
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover.frames import Changed
 from kvpoll_fsm.mover.results import arrays
@@ -80,10 +81,17 @@ class HostView(RoomView):
 
     def result(self) -> dict[str, Any]:
         """The arrays, made when they are asked for."""
-        if self._make is not None and self.data is None:
-            self.data = arrays(*self._make)
+        make = self._make  # another thread may be here too
+        if make is not None and self.data is None:
+            self.data = arrays(*make)
             self._make = None
         return dict(self.data or {})
+
+    def fail(self, failure: Failure) -> None:
+        """The room ends with its mover. If the table shows another end, what belongs to that has not come."""
+        if self.state is KVPoll.Failed or (self.state is KVPoll.Success and self.side == "receiver"):
+            self.failure = self.failure or failure
+        super().fail(failure)
 
 
 class Teller(Protocol):
