@@ -8,6 +8,8 @@ WORKERS ?= 2
 SCENES ?= --quick
 FUZZ_SECONDS ?= 6
 MINUTES ?= 5
+ENDPOINT_TESTS ?= $(addprefix tests/,test_endpoint.py test_handles.py test_dump.py test_shm_rooms.py test_security.py \
+	test_small_rooms.py mover faults security)
 SOAK = --seeds 1000000 --minutes $(MINUTES) --jobs $(WORKERS)
 
 BIN := .venv/bin
@@ -21,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check coverage explore soak fuzz chaos bench clean
+.PHONY: help demo test isolated check coverage explore soak fuzz chaos bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +32,10 @@ demo: .venv/.stamp-demo ## run the demo; other sizes with: make demo ARGS="--tok
 	$(BIN)/kvpoll demo $(ARGS)
 
 test: check explore coverage ## all static checks, the quick exploration, all tests, the coverage gates
+
+# Of the others, those that look inside a driver are left out or skipped, and say so.
+isolated: .venv/.stamp-test ## the tests of whole endpoints once more, each driver in a process of its own
+	$(BIN)/pytest -n $(WORKERS) --isolation process $(ENDPOINT_TESTS)
 
 check: .venv/.stamp-test ## static checks: style, types, imports, wheel contents
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,34 @@ class Config:
     trace: str | Path | None = None
     limits: Limits = field(default_factory=Limits)
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        listen: str,
+        advertise: str | None,
+        transports: str,
+        deadlines: Deadlines | None,
+        mover_cpus: Iterable[int] | None,
+        transport_options: Mapping[str, Mapping[str, Any]] | None,
+        keys: str | Path | None,
+        authorized: str | Path | None,
+        limits: Limits | None,
+        **others: Any,
+    ) -> Config:
+        """The settings as `Endpoint` is given them. Raises what that does."""
+        return cls(
+            listen=Address.parse(listen),
+            advertise=None if advertise is None else Address.parse(advertise),
+            policy=Policy.parse(transports),
+            deadlines=deadlines or Deadlines(),
+            mover_cpus=None if mover_cpus is None else tuple(mover_cpus),
+            transport_options=transport_options or {},
+            keys=_load_keys(keys, authorized),
+            limits=limits or Limits(),
+            **others,
+        )
+
     def __post_init__(self) -> None:
         _one_of("checksum", self.checksum, ("auto", True, False))
         _one_of("arrays", self.arrays, ("auto", "numpy", "torch"))
@@ -107,6 +135,12 @@ def _check_mover(nice: int, cpus: tuple[int, ...] | None) -> None:
     ours = os.sched_getaffinity(0)
     if cpus is not None and not (cpus and set(cpus) <= ours):
         raise InvalidInput(f"mover_cpus={cpus!r}: give some of the processors this process may use: {sorted(ours)}")
+
+
+def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:
+    if (keys is None) is not (authorized is None):
+        raise InvalidInput("keys= (our NAME.key_secret) and authorized= (folder of trusted .key files) go together")
+    return None if keys is None or authorized is None else Keys.load(keys, authorized)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import logging
 import os
 import threading
 import time
@@ -14,36 +12,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
 
-from kvpoll_fsm import registry
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.arguments import grant_size, plain_integer
 from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.driver import Driver
 from kvpoll_fsm.engine import Engine, Question, ThreadEngine
-from kvpoll_fsm.errors import (
-    DuplicateRoom,
-    EndpointClosed,
-    ForkedError,
-    InvalidInput,
-    RequestTooLarge,
-    TransportUnavailable,
-)
-from kvpoll_fsm.handles import Receiver, Room, Sender, plain_block_ids, plain_integer
+from kvpoll_fsm.errors import DuplicateRoom, EndpointClosed, ForkedError, InvalidInput
+from kvpoll_fsm.handles import Receiver, Room, Sender
+from kvpoll_fsm.isolation import new_engine
 from kvpoll_fsm.limits import Limits
-from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_RANKS, MAX_ROOM
-from kvpoll_fsm.mover.client import ProcessEngine
-from kvpoll_fsm.mover.settings import plain_options
+from kvpoll_fsm.messages import MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.requests import ReceiverOrder
-from kvpoll_fsm.security import Keys, check_peer
+from kvpoll_fsm.security import check_peer
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Endpoint"]
-
-log = logging.getLogger("kvpoll_fsm")
 
 _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
@@ -102,26 +90,11 @@ class Endpoint:
         Raises:
             InvalidInput: A setting that cannot work; names it and what it may be.
         """
+        settings = {name: value for name, value in locals().items() if name not in ("self", "pool")}
         if not isinstance(pool, BlockPool):
             raise InvalidInput(f"pool={pool!r}: give a BlockPool(layout, blocks=...)")
         self.pool = pool
-        self.config = Config(
-            listen=Address.parse(listen),
-            advertise=None if advertise is None else Address.parse(advertise),
-            policy=Policy.parse(transports),
-            deadlines=deadlines or Deadlines(),
-            checksum=checksum,
-            arrays=arrays,
-            isolation=isolation,
-            mover_nice=mover_nice,
-            mover_cpus=None if mover_cpus is None else tuple(mover_cpus),
-            transport_options=transport_options or {},
-            workers=workers,
-            keys=_load_keys(keys, authorized),
-            insecure=insecure,
-            trace=trace,
-            limits=limits or Limits(),
-        )
+        self.config = Config.of(**settings)
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._draining = False
@@ -139,7 +112,7 @@ class Endpoint:
         """
         if self._engine is not None:
             raise InvalidInput("the endpoint has been started before; make a new one")
-        engine = self._new_engine()
+        engine = new_engine(self.pool, self.config)
         self._address = engine.start()
         self._engine = engine
         _endpoints.add(self)
@@ -272,7 +245,7 @@ class Endpoint:
         window = plain_integer("window", window, 1, 2)
         if window == 2 and (resume != "drain" or dummy):
             raise InvalidInput("window=2 goes with resume='drain', and a dummy rank has no use for it")
-        chosen, count = self._grant_size(tokens, resume, blocks, dummy, window)
+        chosen, count = grant_size(self.pool, tokens, resume, blocks, dummy, window)
         order = ReceiverOrder(address, ranks, count, resume, chosen, window)
         engine = self.engine
         check_peer(self.config.keys, address)
@@ -347,27 +320,6 @@ class Endpoint:
             if self._open.get(place) is handle:
                 del self._open[place]
 
-    def _new_engine(self) -> Engine:
-        if self._isolation() == "thread":
-            return ThreadEngine(self.pool, self.config)
-        return ProcessEngine(self.pool, self.config)
-
-    def _isolation(self) -> str:
-        """Where the driver is to run.
-
-        Raises:
-            InvalidInput: In a process, but it cannot.
-        """
-        wanted = self.config.isolation
-        if wanted == "thread":
-            return wanted
-        obstacle = _obstacle(self.pool, self.config)
-        if obstacle and wanted == "process":
-            raise InvalidInput(f'isolation="process": {obstacle}; use "thread"')
-        if obstacle:
-            log.debug("isolation is thread: %s", obstacle)
-        return "thread" if obstacle else "process"
-
     def _enter(self, handle: Room) -> None:
         place = (handle.side, handle.room, handle.rank)
         with self._lock:
@@ -387,28 +339,6 @@ class Endpoint:
         engine.sign.seen = True
         return engine.ask(question)
 
-    def _grant_size(
-        self, tokens: int | None, resume: str, blocks: Iterable[SupportsIndex] | None, dummy: bool, window: int
-    ) -> tuple[tuple[int, ...], int]:
-        """The blocks the engine chose, and how many blocks one grant has (0 for a dummy rank)."""
-        if resume not in ("drain", "extend", "manual"):
-            raise InvalidInput(f"resume={resume!r}: choose 'drain', 'extend' or 'manual'")
-        if dummy:
-            return (), 0
-        if (blocks is not None) is not (resume == "manual") or (blocks is not None) is self.pool.managed:
-            raise InvalidInput("blocks=[...], resume='manual' and a BlockPool.adopt() belong together")
-        if blocks is not None:
-            chosen = plain_block_ids(self.pool, blocks, at_least=1)
-            return chosen, len(chosen)
-        most = min(self.pool.blocks // window, MAX_BLOCKS_PER_GRANT)
-        if tokens is None:
-            count = max(1, min(8, most))
-        else:
-            count = self.pool.layout.blocks_for(plain_integer("tokens", tokens, 1, MAX_ROOM))
-        if count > most:
-            raise RequestTooLarge(count * window, min(self.pool.blocks, MAX_BLOCKS_PER_GRANT * window))
-        return (), count
-
 
 def _await_quiet(view: RoomView | None, left_s: float) -> None:
     """Wait a moment for a room that is live; rooms that were cleared have no view to wait on."""
@@ -416,29 +346,6 @@ def _await_quiet(view: RoomView | None, left_s: float) -> None:
         time.sleep(min(left_s, 0.01))
     else:
         view.wait_until(lambda: view.quiescent, min(left_s, 1.0))
-
-
-def _obstacle(pool: BlockPool, config: Config) -> str:
-    """What keeps the driver from running in a process of its own, or nothing."""
-    if not pool.managed:
-        return "the memory of the pool is the engine's own"
-    if not pool.shareable or not hasattr(os, "pidfd_open"):
-        return "this system has no memfd or no pidfd"
-    for name in config.policy.names:
-        with contextlib.suppress(TransportUnavailable):  # told where it is needed
-            if registry.load(name).capabilities.one_process:
-                return f"transport {name!r} works within one process alone"
-    try:
-        plain_options(config)
-    except InvalidInput as error:
-        return str(error)
-    return ""
-
-
-def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:
-    if (keys is None) is not (authorized is None):
-        raise InvalidInput("keys= (our NAME.key_secret) and authorized= (folder of trusted .key files) go together")
-    return None if keys is None or authorized is None else Keys.load(keys, authorized)
 
 
 def _after_fork_in_child() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import operator
 import os
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 from kvpoll_fsm.arena import BlockPool
+from kvpoll_fsm.arguments import plain_block_ids, plain_integer
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.engine import Engine
-from kvpoll_fsm.errors import Failure, ForeignBlock, ForkedError, InvalidInput, TransferFailed
+from kvpoll_fsm.errors import Failure, ForkedError, InvalidInput, TransferFailed
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.poll import KVPoll
@@ -22,40 +22,6 @@ from kvpoll_fsm.status import STATES
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["Receiver", "Sender"]
-
-
-def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: int = 0) -> tuple[int, ...]:
-    """Block ids as integers of Python's own; engines keep them in arrays.
-
-    Raises:
-        ForeignBlock: Too few, one twice, or what is no id of this pool.
-    """
-    wanted = f"block ids of this pool are 0 to {pool.blocks - 1}, and at least one is needed"
-    try:
-        ids = tuple(map(operator.index, given))
-    except TypeError:
-        raise ForeignBlock((), f"given {given!r}; {wanted}") from None
-    if len(ids) < at_least or any(not 0 <= block < pool.blocks for block in ids):
-        raise ForeignBlock(ids, wanted)
-    if len(set(ids)) != len(ids):
-        raise ForeignBlock(ids, "an id is named twice")
-    return ids
-
-
-def plain_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A number as an integer of Python's own; numpy's could not be sent.
-
-    Raises:
-        InvalidInput: No integer, or one outside `low` to `high`; names the argument.
-    """
-    try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = low - 1
-    if number < low or (high is not None and number > high):
-        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InvalidInput(f"{name}={value!r}: give an integer {wanted}")
-    return number
 
 
 class Owner(Protocol):

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ[ISOLATION] = config.getoption("--isolation")  # for processes that tests start, too
+    os.environ[ISOLATION] = str(config.getoption("--isolation"))  # for processes that tests start, too
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,10 +45,19 @@ def isolation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--isolation") == "process":
-        inside = [item for item in items if item.get_closest_marker("inside")]
+    """Leave out what is for a thread alone where drivers are to run in processes."""
+    inside = [item for item in items if _of_a_thread(item, config.getoption("--isolation"))]
+    if inside:
         config.hook.pytest_deselected(items=inside)
-        items[:] = [item for item in items if not item.get_closest_marker("inside")]
+        left_out = set(inside)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _of_a_thread(item: pytest.Item, isolation: str | None) -> bool:
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    if given.get("isolation", isolation) != "process":
+        return False
+    return given.get("transport") == "memory" or item.get_closest_marker("inside") is not None
 
 
 @pytest.hookimpl(wrapper=True)

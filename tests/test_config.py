@@ -26,7 +26,7 @@ def config(**settings: Any) -> Config:
         ({"checksum": "on"}, r"checksum='on': choose one of 'auto', True, False"),
         ({"checksum": 1}, r"checksum=1"),
         ({"arrays": "jax"}, r"arrays='jax': choose one of 'auto', 'numpy', 'torch'"),
-        ({"isolation": "process"}, r"isolation='process': choose one of 'thread'"),
+        ({"isolation": "fork"}, r"isolation='fork': choose one of 'auto', 'process', 'thread'"),
         ({"workers": 0}, r"workers=0: give 1 to 64"),
         ({"workers": 65}, r"workers=65"),
         ({"workers": True}, r"workers=True"),

@@ -181,6 +181,7 @@ def test_an_entry_tells_whose_room_it_is_and_how_far_it_has_come() -> None:
         assert tx.dump()[0]["bytes_done"] == 40 * TOKEN_NBYTES + ROOM_NBYTES
 
 
+@pytest.mark.both
 def test_a_room_is_listed_until_it_is_over_and_cleared() -> None:
     with pair() as (tx, rx):
         assert tx.dump() == rx.dump() == []

@@ -145,6 +145,7 @@ def test_blocks_that_are_not_there_or_in_use_are_refused_at_once() -> None:
         assert not first.poll().is_terminal
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_pain_12_a_second_opening_is_refused_and_the_first_goes_on(side: str) -> None:
     with pair() as (tx, rx):
@@ -174,6 +175,7 @@ def test_a_receiver_that_was_refused_leaves_its_room_free() -> None:
 # Transports
 
 
+@pytest.mark.both
 def test_an_unknown_transport_is_an_error_with_a_hint() -> None:
     for policy, hint in [
         ("tpc", "transport 'tpc': is not installed; did you mean 'tcp'?"),
@@ -267,6 +269,7 @@ def test_pain_20_rooms_share_the_one_registration_of_a_pool(monkeypatch: pytest.
         assert registered == once
 
 
+@pytest.mark.both
 def test_pain_17_ranks_of_one_endpoint_that_never_fit_together_are_refused_at_once() -> None:
     """Each would fit alone; together they would wait for each other's blocks until the deadline."""
     with pair(rx={"pool": pool(7)}) as (tx, rx):
@@ -422,6 +425,7 @@ def test_a_dummy_rank_holds_nothing_and_hears_everything() -> None:
         assert dummy.wait_quiescent(SOON_S)
 
 
+@pytest.mark.both
 def test_dummies_alone_have_nothing_to_receive() -> None:
     with pair() as (tx, rx):
         sender = tx.sender(1)
@@ -430,6 +434,7 @@ def test_dummies_alone_have_nothing_to_receive() -> None:
             assert "every rank is a dummy" in failed(handle).detail
 
 
+@pytest.mark.both
 def test_a_rank_of_another_room_size_is_turned_away_and_the_right_ones_may_come() -> None:
     with pair() as (tx, rx):
         sender = tx.sender(1, required_ranks=1)
@@ -457,6 +462,7 @@ def test_a_rank_that_comes_twice_takes_the_place_of_the_first_until_the_room_ope
             assert same(receiver.result(SOON_S), make_data(100))
 
 
+@pytest.mark.both
 def test_a_rank_that_comes_twice_to_an_open_room_does_it_no_harm() -> None:
     """It may be for the room's next life, so it is neither refused nor let in; its own deadline ends it."""
     with pair() as (tx, rx), endpoint(deadlines=deadlines(bootstrap_s=0.3)) as other:
@@ -560,6 +566,7 @@ def test_checksums_may_be_switched_off(checksum: bool | str, state: KVPoll) -> N
 # Deadlines: every wait has an end, a reason, and a peer that is told
 
 
+@pytest.mark.both
 def test_a_room_no_receiver_comes_to() -> None:
     with endpoint(deadlines=deadlines(bootstrap_s=0.1)) as tx:
         sender = tx.sender(1, required_ranks=2)
@@ -584,6 +591,7 @@ def test_a_room_the_sender_never_opens(peer: str) -> None:
         assert rx.load().free == 64
 
 
+@pytest.mark.both
 def test_a_rank_that_never_comes() -> None:
     with pair(tx={"deadlines": deadlines(bootstrap_s=0.2)}) as (tx, rx):
         sender = tx.sender(1)
@@ -592,6 +600,7 @@ def test_a_rank_that_never_comes() -> None:
         assert failed(receiver) == failed(sender)
 
 
+@pytest.mark.both
 def test_data_that_never_comes() -> None:
     """A host that gives no sign of life, that is; one that does may take its time, up to `room_timeout_s`."""
     quick = deadlines(input_s=0.2, host_alive_s=0.1)
@@ -602,6 +611,7 @@ def test_data_that_never_comes() -> None:
         assert failed(sender) == failed(receiver)
 
 
+@pytest.mark.both
 def test_pain_09_a_host_that_lives_may_take_its_time_but_not_for_ever() -> None:
     with pair(deadlines=deadlines(input_s=0.4, room_timeout_s=1.0)) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
@@ -670,6 +680,7 @@ def test_a_transport_that_hangs_is_noticed_at_the_receiver_too() -> None:
         until(lambda: tx.load().free == rx.load().free == 64)
 
 
+@pytest.mark.both
 def test_blocks_that_never_come_free_at_the_receiver() -> None:
     quick = deadlines(input_s=0.6, withdraw_s=0.05)
     with pair(deadlines=quick, rx={"pool": pool(4)}) as (tx, rx):
@@ -706,6 +717,7 @@ def test_blocks_that_never_come_free_at_the_sender() -> None:
         assert first.wait(SOON_S) is S
 
 
+@pytest.mark.both
 def test_who_waits_for_blocks_gets_them_when_they_come_free() -> None:
     with pair(rx={"pool": pool(4)}) as (tx, rx):
         first_sender, first = open_pair(tx, rx, 1)
@@ -872,6 +884,7 @@ def test_an_endpoint_that_was_not_started_says_so() -> None:
     unstarted.close()
 
 
+@pytest.mark.both
 def test_an_endpoint_is_started_once() -> None:
     with endpoint() as tx:
         with pytest.raises(InvalidInput, match="started before; make a new one"):
@@ -879,6 +892,7 @@ def test_an_endpoint_is_started_once() -> None:
         assert tx.is_idle()
 
 
+@pytest.mark.both
 def test_a_failed_start_may_be_tried_again() -> None:
     with endpoint() as other:
         again = endpoint(listen=str(other.address))
@@ -900,6 +914,7 @@ def test_advertise_is_what_peers_are_told() -> None:
         assert str(tx.address) == "tcp://localhost:4711"
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_pain_22_ipv6(transport: str) -> None:
     with pair(transport, listen="tcp://[::1]:0") as (tx, rx):
@@ -907,6 +922,7 @@ def test_pain_22_ipv6(transport: str) -> None:
         transfer(tx, rx, 1)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_both_ways_at_once_and_to_oneself(transport: str) -> None:
     with pair(transport) as (one, two):
@@ -917,6 +933,7 @@ def test_both_ways_at_once_and_to_oneself(transport: str) -> None:
             assert same(receiver.result(SOON_S), make_data(100, seed=room))
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_two_hundred_rooms_at_once_through_small_pools(transport: str) -> None:
     with pair(transport, tx={"pool": pool(3)}, rx={"pool": pool(8)}, workers=1) as (tx, rx):
@@ -931,6 +948,7 @@ def test_two_hundred_rooms_at_once_through_small_pools(transport: str) -> None:
         until(lambda: tx.load().free == 3 and rx.load().free == 8)
 
 
+@pytest.mark.both
 def test_every_room_that_ends_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "kvpoll_fsm"), pair() as (tx, rx):
         for room in range(4):
@@ -965,6 +983,7 @@ def test_every_room_that_ends_is_one_line_in_the_log(caplog: pytest.LogCaptureFi
     assert second.levelno == logging.WARNING
 
 
+@pytest.mark.both
 def test_a_long_reason_is_cut_not_lost() -> None:
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
@@ -981,6 +1000,7 @@ def quick() -> Deadlines:
     return deadlines(peer_lost_s=0.8)
 
 
+@pytest.mark.both
 def test_a_restarted_sender_is_a_new_peer(quick: Deadlines) -> None:
     with endpoint(deadlines=quick) as rx:
         with endpoint(deadlines=quick) as tx:
@@ -1034,6 +1054,7 @@ def test_an_idle_connection_is_given_up_and_made_anew() -> None:
         transfer(tx, rx, 2)
 
 
+@pytest.mark.both
 def test_closing_tells_the_peers_of_live_rooms() -> None:
     for closing in ("sender", "receiver"):
         with pair() as (tx, rx):
@@ -1056,6 +1077,7 @@ def closed() -> Endpoint:
     return tx
 
 
+@pytest.mark.both
 def test_after_close_every_use_says_so(closed: Endpoint) -> None:
     closed.close()
     for use in (
@@ -1072,6 +1094,7 @@ def test_after_close_every_use_says_so(closed: Endpoint) -> None:
     assert closed.address.port, "where it was may still be asked"
 
 
+@pytest.mark.both
 def test_handles_of_a_closed_endpoint_are_failed_and_quiet() -> None:
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)

@@ -105,6 +105,7 @@ def test_pain_15_any_size_arrives_in_parts(transport: str, tokens: int, parts: l
         assert receiver.wait_quiescent(SOON_S)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_await(transport: str) -> None:
     data = make_data(100)
@@ -120,6 +121,7 @@ def test_await(transport: str) -> None:
     assert same(second, data)
 
 
+@pytest.mark.both
 def test_awaiting_a_room_that_fails_raises() -> None:
     async def receive() -> None:
         with pair() as (tx, rx):
@@ -132,6 +134,7 @@ def test_awaiting_a_room_that_fails_raises() -> None:
     asyncio.run(receive())
 
 
+@pytest.mark.both
 def test_an_await_that_is_given_up_leaves_the_room_alone() -> None:
     data = make_data(10)
 
@@ -147,6 +150,7 @@ def test_an_await_that_is_given_up_leaves_the_room_alone() -> None:
         assert same(receiver.result(SOON_S), data)
 
 
+@pytest.mark.both
 def test_a_loop_that_was_closed_while_it_awaited_harms_nobody() -> None:
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
@@ -162,6 +166,7 @@ def test_a_loop_that_was_closed_while_it_awaited_harms_nobody() -> None:
             awaiting.cancel()
 
 
+@pytest.mark.both
 def test_a_timeout_leaves_the_room_alone() -> None:
     data = make_data(10)
     with pair() as (tx, rx):
@@ -174,6 +179,7 @@ def test_a_timeout_leaves_the_room_alone() -> None:
         assert same(receiver.result(SOON_S), data)
 
 
+@pytest.mark.both
 def test_transfer_failed_carries_the_failure() -> None:
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 77)
@@ -208,6 +214,7 @@ def test_either_side_may_come_first(transport: str, order: str) -> None:
         assert same(receiver.result(SOON_S), data)
 
 
+@pytest.mark.both
 def test_the_handle_tells_what_it_is() -> None:
     with pair() as (tx, rx):
         sender = tx.sender(room=9, required_ranks=2, tag="t")
@@ -221,6 +228,7 @@ def test_the_handle_tells_what_it_is() -> None:
 # What is sent
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_copy_is_a_snapshot(transport: str) -> None:
     data = make_data(100)
@@ -233,6 +241,7 @@ def test_a_copy_is_a_snapshot(transport: str) -> None:
         assert same(rx.receiver(1, peer=str(tx.address), tokens=32).result(SOON_S), data)
 
 
+@pytest.mark.both
 def test_without_a_copy_the_arrays_are_borrowed() -> None:
     """What is sent is what the arrays hold when their part is staged, so they must be left alone."""
     data = make_data(100)
@@ -375,6 +384,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_sent() -> None:
         assert same(receiver.result(SOON_S), good)
 
 
+@pytest.mark.both
 def test_data_is_given_once() -> None:
     data = make_data(10)
     with pair() as (tx, rx):
@@ -680,6 +690,7 @@ def test_any_reason_can_be_told(reason: Any) -> None:
         transfer(tx, rx, 2)
 
 
+@pytest.mark.both
 def test_after_success_an_abort_changes_nothing() -> None:
     with pair() as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
@@ -693,6 +704,7 @@ def test_after_success_an_abort_changes_nothing() -> None:
         assert sender.failure is receiver.failure is None
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_clearing_a_live_room_aborts_the_peer(side: str) -> None:
     with pair() as (tx, rx):
@@ -721,6 +733,7 @@ def test_a_cleared_room_still_tells_when_its_arrays_are_free() -> None:
         assert failed(receiver).code is FailureCode.Aborted
 
 
+@pytest.mark.both
 def test_a_cleared_handle_has_no_hold_on_the_next_room_of_its_number() -> None:
     with pair() as (tx, rx):
         old_sender, old = open_pair(tx, rx, 1)
@@ -738,6 +751,7 @@ def test_a_cleared_handle_has_no_hold_on_the_next_room_of_its_number() -> None:
         assert failed(old).code is failed(old_sender).code is FailureCode.Aborted
 
 
+@pytest.mark.both
 def test_methods_may_be_called_from_any_thread() -> None:
     data = make_data(40)
     with pair() as (tx, rx):

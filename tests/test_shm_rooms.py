@@ -53,12 +53,14 @@ def carry(tx: Endpoint, rx: Endpoint, room: int = 1) -> list[str]:
     return [part.transport for part in sender.parts]
 
 
+@pytest.mark.both
 def test_a_room_over_shared_memory_in_parts(rx: Endpoint) -> None:
     with endpoint("require:shm") as tx:
         assert carry(tx, rx) == ["shm"] * 4
         assert tx.load().quarantined == rx.load().quarantined == 0
 
 
+@pytest.mark.both
 def test_a_policy_may_do_without(rx: Endpoint) -> None:
     with endpoint("require:tcp") as tx:
         assert carry(tx, rx) == ["tcp"] * 4

@@ -5,40 +5,37 @@ One thread listens. Any thread posts, under a lock that is held for no more than
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.arrays import Kind
-from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.display import log_end
 from kvpoll_fsm.engine import CALL_S, Question
-from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, InvalidInput, KvpollError
+from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, KvpollError
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.keeper import bring_up, relay
 from kvpoll_fsm.mover.launch import Launched
+from kvpoll_fsm.mover.managed import ManagedOnly, needs_thread
+from kvpoll_fsm.mover.questions import Questions
 from kvpoll_fsm.mover.results import SharedResults
 from kvpoll_fsm.mover.settings import plain_config
-from kvpoll_fsm.mover.views import HostView
-from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
+from kvpoll_fsm.mover.views import HostView, fail_all
+from kvpoll_fsm.outgoing import RoomSource
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.staging import Source, stage
 from kvpoll_fsm.status import Places, Sign, StatusTable
-from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["ProcessEngine"]
@@ -54,16 +51,8 @@ PAUSES_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 SETTLED_S = 10.0
 """A mover that has served so long counts as no failed start."""
 
-_ANSWERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
-    "load": msgspec.msgpack.Decoder(BlockLoad),
-    "is_idle": msgspec.msgpack.Decoder(bool),
-    "dump": msgspec.msgpack.Decoder(list[dict[str, Any]]),
-    "refused": msgspec.msgpack.Decoder(dict[str, dict[str, int]]),
-    "trace": msgspec.msgpack.Decoder(list[Record]),
-}
 
-
-class ProcessEngine:
+class ProcessEngine(ManagedOnly):
     """An `engine.Engine`.
 
     Attributes:
@@ -86,10 +75,10 @@ class ProcessEngine:
         self._config = config
         self._plain = plain_config(config, config.listen)
         self._views: dict[int, HostView] = {}
-        self._asked: dict[int, tuple[Question, Future[Any]]] = {}
+        self._questions = Questions()
         self._pending: list[frames.Command] = []
         self.sign = Sign()
-        self._places, self._asks = Places(), itertools.count(1)
+        self._places = Places()
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._ended: str | None = None
         self._closing = threading.Event()
@@ -119,7 +108,7 @@ class ProcessEngine:
             frames.Changed: self._changed,
             frames.NewSegment: self._new_segment,
             frames.Dropped: lambda event: self._results.drop(event.segment),
-            frames.Answer: self._answer,
+            frames.Answer: self._questions.answer,
             frames.Stage: self._stage,
             frames.Logged: lambda event: relay([event]),
             frames.Ended: lambda event: None,
@@ -172,7 +161,7 @@ class ProcessEngine:
     def supply(self, view: RoomView, source: RoomSource, supplied: Supplied) -> None:
         """The mover fetches the data when it needs them; the arrays are kept until it has."""
         if not isinstance(view, HostView) or not isinstance(source, Source):
-            raise _needs_thread()
+            raise needs_thread()
         view.source = source
         self._order(view, frames.Supply(view.number, supplied.total_tokens, tuple(map(_address, source.buffers))))
 
@@ -184,34 +173,17 @@ class ProcessEngine:
         """Soon."""
         self._order(view, frames.Clear(_number(view)))
 
-    def admit_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
-        """For blocks of the engine's own alone."""
-        raise _needs_thread()
-
-    def add_blocks(self, source: EngineBlocks, blocks: tuple[int, ...], tokens: int) -> None:
-        """For blocks of the engine's own alone."""
-        raise _needs_thread()
-
-    def resume(self, view: RoomView, blocks: tuple[int, ...]) -> None:
-        """For blocks of the engine's own alone."""
-        raise _needs_thread()
-
-    def release(self, view: RoomView, part: int) -> None:
-        """For blocks of the engine's own alone."""
-        raise _needs_thread()
-
     def ask(self, question: Question) -> Any:
         """Answered by the mover, or by the next one if it is lost."""
-        number, future = next(self._asks), Future[Any]()
         with self._lock:
             if self._ended is not None:
                 raise EndpointClosed(self._ended)
-            self._asked[number] = question, future
+            number, future = self._questions.new(question)
             self._post(frames.Ask(number, question))
         try:
             return future.result(CALL_S)
         finally:
-            self._asked.pop(number, None)
+            self._questions.forget(number)
 
     # Posting
 
@@ -313,9 +285,9 @@ class ProcessEngine:
         log.error("the mover was lost: %s", how)
         with self._lock:
             lost, self._views = self._views, {}
-            self._pending = [frames.Ask(number, asked[0]) for number, asked in list(self._asked.items())]
+            self._pending = self._questions.open()
         self._results.clear()
-        _fail_all(lost, FailureCode.MoverLost, f"the mover was lost: {how}")
+        fail_all(lost, FailureCode.MoverLost, f"the mover was lost: {how}")
         while not self._closing.is_set():
             if failures == len(PAUSES_S):
                 raise EndpointClosed(f"{failures} movers in a row were lost")
@@ -347,12 +319,9 @@ class ProcessEngine:
         with self._lock:
             self._ended = cause
             lost, self._views = self._views, {}
-            asked, self._asked = self._asked, {}
         code = FailureCode.Aborted if cause == "closed" else FailureCode.InternalError
-        _fail_all(lost, code, cause)
-        for _, future in asked.values():
-            if not future.done():
-                future.set_exception(EndpointClosed(cause))
+        fail_all(lost, code, cause)
+        self._questions.fail(cause)
         self._give_back()
 
     def _give_back(self) -> None:
@@ -382,15 +351,6 @@ class ProcessEngine:
             raise MemoryError("no file descriptor is left for a result: raise `ulimit -n`")
         self._results.add(event.segment, event.nbytes, self.mover.pipe.fds.popleft())
 
-    def _answer(self, event: frames.Answer) -> None:
-        question, future = self._asked.pop(event.ask, (None, None))
-        if question is None or future is None:
-            return
-        if event.problem:
-            future.set_exception(KvpollError(event.problem))
-        else:
-            future.set_result(_ANSWERS[question].decode(event.result))
-
     def _stage(self, event: frames.Stage) -> None:
         view = self._views.get(event.number)
         problem = "" if view is not None and view.source is not None else "the room is over"
@@ -417,23 +377,8 @@ def _sayable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _needs_thread() -> InvalidInput:
-    return InvalidInput("memory of the engine's own needs isolation='thread'")
-
-
 def _quiet(eventfd: int) -> None:
     try:
         os.eventfd_read(eventfd)
     except BlockingIOError:  # nobody has called
         return
-
-
-def _fail_all(views: dict[int, HostView], code: FailureCode, detail: str) -> None:
-    """Nobody will write to, or read from, their memory any more."""
-    for view in views.values():
-        if not view.told:
-            rank = view.rank if view.side == "receiver" else None
-            view.fail(Failure.of(code, detail, state=view.state, rank=rank))
-            log_end(view)
-        view.source = None
-        view.settle()

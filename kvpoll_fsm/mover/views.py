@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from kvpoll_fsm.arrays import Kind
-from kvpoll_fsm.errors import Failure
+from kvpoll_fsm.display import log_end
+from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover.frames import Changed
 from kvpoll_fsm.mover.results import arrays
@@ -14,7 +15,7 @@ from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.status import GATE_NUMBERS, GATES, HISTORIES, STATES, Places, StatusTable
 from kvpoll_fsm.view import RoomView
 
-__all__ = ["HostView", "MoverView"]
+__all__ = ["HostView", "MoverView", "fail_all"]
 
 CATCH_UP_S = 30.0
 """Longest wait for word that is on its way."""
@@ -92,6 +93,17 @@ class HostView(RoomView):
         if self.state is KVPoll.Failed or (self.state is KVPoll.Success and self.side == "receiver"):
             self.failure = self.failure or failure
         super().fail(failure)
+
+
+def fail_all(views: dict[int, HostView], code: FailureCode, detail: str) -> None:
+    """Nobody will write to, or read from, their memory any more."""
+    for view in views.values():
+        if not view.told:
+            rank = view.rank if view.side == "receiver" else None
+            view.fail(Failure.of(code, detail, state=view.state, rank=rank))
+            log_end(view)
+        view.source = None
+        view.settle()
 
 
 class Teller(Protocol):

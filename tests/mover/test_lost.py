@@ -274,7 +274,8 @@ def test_poll_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     order = {KVPoll.Bootstrapping: 0, KVPoll.WaitingForInput: 1, KVPoll.Transferring: 2}
     monkeypatch.setattr(client, "PAUSES_S", (0.0,) * 6)
     with moved_pair(deadlines=LOSABLE) as (tx, rx):
-        rooms = [handle for room in range(40) for handle in open_pair(tx, rx, room)]
+        pairs = [open_pair(tx, rx, room) for room in range(40)]
+        rooms: list[Room] = [handle for handles in pairs for handle in handles]
         stop, wrong = threading.Event(), []
 
         def watch() -> None:
@@ -290,8 +291,8 @@ def test_poll_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        for i, handle in enumerate(rooms[::2]):
-            handle.send(make_data(200, seed=i))  # type: ignore[attr-defined]
+        for i, (sender, _) in enumerate(pairs):
+            sender.send(make_data(200, seed=i))
             if i == 20:
                 os.kill(pid(tx), signal.SIGKILL)
             if i == 30:
@@ -317,7 +318,7 @@ def test_a_question_is_answered_by_the_next_mover() -> None:
         with frozen(pid(tx)):
             asking = threading.Thread(target=lambda: answers.append(tx.load()))
             asking.start()
-            until(lambda: engine(tx)._asked)
+            until(lambda: engine(tx)._questions.open())
             os.kill(pid(tx), signal.SIGKILL)
         asking.join(SOON_S)
         assert [load.free for load in answers] == [64]

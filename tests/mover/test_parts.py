@@ -19,9 +19,10 @@ from kvpoll_fsm.config import Config
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.launch import launch
-from kvpoll_fsm.mover.memory import HostSource, address_of, can_read
+from kvpoll_fsm.mover.memory import HostSource, can_read
 from kvpoll_fsm.mover.results import INLINE_NBYTES, KEPT_NBYTES, Results, SharedResults, arrays
 from kvpoll_fsm.mover.settings import config_of, layout_of, plain_config, plain_layout
+from kvpoll_fsm.outgoing import StagedElsewhere, Unreadable
 from kvpoll_fsm.security import generate_keys
 from tests.helpers import FIELDS, LAYOUT, until
 from tests.mover.movers import away, worth
@@ -47,6 +48,13 @@ def other() -> Any:
         process.stdin.write(b"\n")
 
 
+class Elsewhere(StagedElsewhere):
+    """What a source that cannot be read names instead of itself."""
+
+    def stage(self, command: Any, then: Any) -> None:
+        raise AssertionError("nobody asked for that")
+
+
 def test_another_process_is_read(other: tuple[int, int]) -> None:
     pid, address = other
     assert can_read(pid, address, WANTED[:16])
@@ -58,7 +66,7 @@ def test_another_process_is_read(other: tuple[int, int]) -> None:
 def test_thousands_of_pieces(other: tuple[int, int]) -> None:
     pid, address = other
     arena = bytearray(1 << 20)
-    source = HostSource(LAYOUT, 1, pid, (address,))
+    source = HostSource(LAYOUT, 1, pid, (address,), Elsewhere())
     pieces = [(at, (1 << 20) - 256 - at, 256) for at in range(0, 1 << 20, 256)]
     assert len(pieces) > 4000
     source.fill(0, memoryview(arena), pieces)
@@ -69,19 +77,19 @@ def test_thousands_of_pieces(other: tuple[int, int]) -> None:
 
 def test_memory_that_is_not_there_is_an_error(other: tuple[int, int]) -> None:
     pid, _ = other
-    source = HostSource(LAYOUT, 1, pid, (8,))
-    with pytest.raises(InvalidInput, match=f"the memory of process {pid} cannot be read: Bad address"):
+    source = HostSource(LAYOUT, 1, pid, (8,), Elsewhere())
+    with pytest.raises(Unreadable, match=f"the memory of process {pid} cannot be read: Bad address"):
         source.fill(0, memoryview(bytearray(16)), [(0, 0, 16)])
-    gone = HostSource(LAYOUT, 1, 1 << 22, (8,))
-    with pytest.raises(InvalidInput, match="No such process"):
+    gone = HostSource(LAYOUT, 1, 1 << 22, (8,), Elsewhere())
+    with pytest.raises(Unreadable, match="No such process"):
         gone.fill(0, memoryview(bytearray(16)), [(0, 0, 16)])
 
 
-def test_memory_that_ends_in_the_middle_is_an_error() -> None:
-    memory = np.zeros(16, np.uint8)
-    source = HostSource(LAYOUT, 1, os.getpid(), (address_of(memoryview(memory)),))
-    with pytest.raises(InvalidInput, match="bytes are there"):
-        source.fill(0, memoryview(bytearray(32)), [(0, 0, 16), (16, 8 - address_of(memoryview(memory)), 16)])
+def test_memory_that_ends_in_the_middle_is_an_error(other: tuple[int, int]) -> None:
+    pid, address = other
+    source = HostSource(LAYOUT, 1, pid, (address,), Elsewhere())
+    with pytest.raises(Unreadable, match="only 16 bytes are there"):
+        source.fill(0, memoryview(bytearray(32)), [(0, 0, 16), (16, 8 - address, 16)])
 
 
 # Results
@@ -97,9 +105,9 @@ class Both:
         self.freed: list[int] = []
         self.here = SharedResults(self.free)
 
-    def free(self, number: int) -> None:
+    def free(self, number: int, again: bool) -> None:
         self.freed.append(number)
-        self.there.free(number)
+        self.there.free(number, again=again)
 
     def tell(self) -> list[str]:
         said = self.there.unsaid()
@@ -145,6 +153,20 @@ def test_a_segment_is_used_again_once_no_array_of_it_is_left() -> None:
     place = both.there.destination(BIG, 100)
     assert place.result.take() == 1
     assert both.tell() == []
+
+
+def test_a_segment_that_a_forked_child_may_have_is_not_used_again() -> None:
+    """The child's arrays are the same memory, which would change under it."""
+    both = Both()
+    x = both.carry(100, 1)
+    both.here.before_fork()
+    del x
+    assert both.freed == [1]
+    assert both.tell() == ["Dropped"]
+    y = both.carry(100, 2)
+    del y
+    assert both.freed == [1, 2]
+    assert both.there.destination(BIG, 100).result.take() == 2
 
 
 def test_what_nobody_takes_is_given_back() -> None:
