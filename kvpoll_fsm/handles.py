@@ -40,7 +40,10 @@ class Owner(Protocol):
 
 
 class Room:
-    """One side of a room. All methods may be called from any thread; none but `wait` and `result` waits."""
+    """One side of a room. All methods may be called from any thread.
+
+    Those that wait for the room are `wait`, `wait_quiescent` and `result`.
+    """
 
     __slots__ = ("__weakref__", "_engine", "_number", "_owner", "_sign", "_states", "view")
 

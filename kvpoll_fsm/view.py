@@ -183,7 +183,7 @@ class RoomView:
             return changed.wait_for(condition, timeout_s)
 
     def call_when_ended(self, callback: Callable[[], None]) -> None:
-        """Call back once, from the driver's thread, when the room is terminal; at once if it is."""
+        """Call back once, from the thread that shows the end, when the room is terminal; at once if it is."""
         with self.changed:
             if not self.state.is_terminal:
                 self._callbacks = [*(self._callbacks or ()), callback]

@@ -23,6 +23,7 @@ INSIDE = "looks inside the driver, which is in another process"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--isolation", choices=["thread", "process"], default="thread", help="where endpoints run")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too; --isolation process does")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,11 +46,16 @@ def isolation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is for a thread alone where drivers are to run in processes."""
-    inside = [item for item in items if _of_a_thread(item, config.getoption("--isolation"))]
-    if inside:
-        config.hook.pytest_deselected(items=inside)
-        left_out = set(inside)
+    """Leave out what takes long, and what is for a thread alone where drivers are to run in processes."""
+    isolation = config.getoption("--isolation")
+    slow = config.getoption("--slow") or isolation == "process"
+    left_out = {
+        item
+        for item in items
+        if _of_a_thread(item, isolation) or (item.get_closest_marker("slow") is not None and not slow)
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
 

@@ -104,7 +104,7 @@ PEERS = [
         "limit",
         Sender,
         Receiver,
-        settings="one connection, reno, sendmsg of up to 1,024 pieces, reads of 64 KiB, buffers of 512 KiB, a byte back",
+        settings="one connection, reno, sendmsg of up to 1,024 pieces, reads of 64 KiB into 512 KiB, a byte back",
         loop="beside",
     )
 ]

@@ -146,7 +146,8 @@ class SharedResults:
         self._mapped: dict[int, Mapped] = {}
         self._in_use: set[int] = set()
         self._inherited: set[int] = set()
-        _all.add(self)
+        with _joining:
+            _all.add(self)
 
     def before_fork(self) -> None:
         """A child may keep all arrays that there are: their memory must not change under it."""
@@ -190,12 +191,14 @@ class SharedResults:
 
 
 def _before_fork() -> None:
+    _joining.acquire()  # until the fork is over, so that the child does not inherit it from a thread it has not
     for results in list(_all):
         results.before_fork()
 
 
 _all: weakref.WeakSet[SharedResults] = weakref.WeakSet()
-os.register_at_fork(before=_before_fork)
+_joining = threading.RLock()
+os.register_at_fork(before=_before_fork, after_in_parent=_joining.release, after_in_child=_joining.release)
 
 
 class Mapped:

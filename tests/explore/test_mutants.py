@@ -17,6 +17,7 @@ from kvpoll_fsm.ledger import Ledger
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_blocks import ReceiverBlocks
 from kvpoll_fsm.receiver_session import ReceiverSession
+from kvpoll_fsm.rooms import Rooms
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import Session
 from kvpoll_fsm.testing.counterexample import Counterexample
@@ -137,9 +138,9 @@ def dropped_messages_stay_lost(patch: Patch) -> None:
 
 
 def generation_ignored(patch: Patch) -> None:
-    right = EndpointCore._key_of
+    right = Rooms.find
 
-    def key_of(self: EndpointCore, connection: Any, message: Any) -> Any:
+    def find(self: Rooms, connection: Any, message: Any) -> Any:
         side, rank = ("receiver", message.rank) if connection.outgoing else ("sender", 0)
         found = [key for key in self.sessions if self.is_open(key)]
         same = [key for key in found if (key.side, key.room, key.rank) == (side, message.room, rank)]
@@ -150,7 +151,7 @@ def generation_ignored(patch: Patch) -> None:
         if handler is not None and not self.state.is_terminal:
             handler(self, event.conn, event.message)
 
-    patch.setattr(EndpointCore, "_key_of", key_of)
+    patch.setattr(Rooms, "find", find)
     patch.setitem(ReceiverSession._handlers, inputs.MessageReceived, receives)
 
 

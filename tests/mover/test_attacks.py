@@ -70,6 +70,7 @@ with moved("tcp", pool=pool(64)) as tx, moved("tcp", pool=pool(64)) as rx:
 """
 
 
+@pytest.mark.slow
 def test_a_host_that_may_not_be_read_any_more_stages_by_itself() -> None:
     done = run_script(NOT_READABLE_LATER)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
@@ -82,6 +83,7 @@ def test_memory_that_is_not_there_cannot_be_read() -> None:
 # Forks
 
 
+@pytest.mark.slow
 def test_a_child_forked_while_a_mover_starts_does_not_hide_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child has both ends of the socket."""
     real, kin = subprocess.Popen, []

@@ -56,6 +56,7 @@ def test_poll_asks_nobody() -> None:
             holder.join()
 
 
+@pytest.mark.slow
 def test_a_stopped_mover_does_not_stop_its_host() -> None:
     """Calls about rooms do not wait, and all that was asked happens in the end."""
     with moved_pair(deadlines=PATIENT) as (tx, rx):
@@ -72,6 +73,7 @@ def test_a_stopped_mover_does_not_stop_its_host() -> None:
 # Results
 
 
+@pytest.mark.slow
 def test_results_share_the_movers_memory_and_are_used_again() -> None:
     with _roomy() as (tx, rx):
         places = set()
@@ -148,12 +150,14 @@ with moved("shm", pool=pool(256)) as tx, moved("shm", pool=pool(256)) as rx:
 """
 
 
+@pytest.mark.slow
 def test_a_host_may_keep_a_thousand_results() -> None:
     """With no more descriptors than before."""
     done = run_script(KEEPS_MANY, timeout_s=55)
     assert (done.returncode, done.stdout) == (0, "1000 True True\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_memory_of_results_goes_back_once_their_arrays_are_gone() -> None:
     with moved_pair("shm") as (tx, rx):
         transfer(tx, rx, 1, tokens=100)
@@ -177,6 +181,7 @@ def _received(tx: Endpoint, rx: Endpoint, room: int) -> dict[str, Any]:
         receiver.clear()
 
 
+@pytest.mark.slow
 def test_many_results_at_once() -> None:
     """More than the kernel passes descriptors in one message."""
     with _roomy() as (tx, rx):
@@ -200,6 +205,7 @@ def test_a_mover_may_stand_back_and_stay_on_some_processors() -> None:
             assert os.sched_getaffinity(int(thread.name)) == {cpu}
 
 
+@pytest.mark.slow
 def test_the_kernels_numbers_say_who_moves() -> None:
     """The host's processor time does not grow with the bytes."""
     with _roomy() as (tx, rx):
