@@ -44,13 +44,16 @@ def bring_up(
     """
     mover = launch()
     nonce = bytearray(os.urandom(NONCE_NBYTES))
-    fds = [os.dup(fd) for fd in (*(region.fd for region in pool.regions()), table.fd) if fd is not None]
+    fds: list[int] = []
     try:
+        fds.extend(os.dup(fd) for fd in (*(region.fd for region in pool.regions()), table.fd) if fd is not None)
         mover.pipe.send([_setup(pool, config, plain, nonce)], fds)
         return mover, _answer(mover)
     except BaseException:
         mover.kill()
         mover.end()
+        while fds:  # the pipe has not taken them over
+            os.close(fds.pop())
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import logging
 import mmap
@@ -20,7 +21,7 @@ import pytest
 from kvpoll_fsm import Endpoint, FailureCode, KVPoll, TransferFailed
 from kvpoll_fsm.mover import memory
 from tests.helpers import SOON_S, failed, make_data, open_pair, pool, run_script, same, transfer, until
-from tests.mover.movers import LOSABLE, engine, moved, pid
+from tests.mover.movers import LOSABLE, children, engine, moved, pid, worth
 
 S = KVPoll.Success
 
@@ -61,7 +62,7 @@ def test_a_source_that_the_mover_cannot_read_is_staged_by_the_host() -> None:
 NOT_READABLE_LATER = """
 import ctypes
 from tests.helpers import pool, transfer
-from tests.mover.movers import moved
+from tests.mover.movers import LOSABLE, children, engine, moved, pid, worth
 with moved("tcp", pool=pool(64)) as tx, moved("tcp", pool=pool(64)) as rx:
     transfer(tx, rx, 1, tokens=1000)
     assert ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
@@ -173,6 +174,26 @@ def _works(tx: Endpoint, rx: Endpoint) -> bool:
     sender, receiver = open_pair(tx, rx, next(_numbers))
     sender.send(make_data(40))
     return receiver.wait(SOON_S) is S
+
+
+def test_a_start_with_too_few_descriptors_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = os.dup, iter(range(2))
+
+    def dup(fd: int) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(fd)
+
+    blocks = pool(4)
+    gc.collect()
+    before, kin = worth(), children()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", dup)
+        with pytest.raises(OSError, match="too many open files"):
+            moved(pool=blocks).start()
+    gc.collect()
+    until(lambda: worth() == before, "nothing left")
+    assert children() == kin
 
 
 class _Broken(logging.Handler):
