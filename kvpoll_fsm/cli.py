@@ -112,9 +112,7 @@ def _demo_options() -> list[click.Parameter]:
             help="shm, require:tcp, or prefer:a,b with the best first.",
         ),
         _word("resume", plan.resume, RESUMES, "How receivers make room for the next part."),
-        _word(
-            "isolation", plan.isolation, ISOLATIONS, "Where data is moved: in a process beside each, or a thread."
-        ),
+        _word("isolation", plan.isolation, ISOLATIONS, "Where data is moved: in a process beside each, or a thread."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
     ]
 

@@ -137,7 +137,12 @@ class Peers:
                 del self._unflushed[conn]
 
     def heartbeat(self, connection: Connection, beats: list[tuple[RoomKey, Beat]]) -> None:
-        """Say to a peer that we live, and where these rooms stand."""
+        """Say to a peer that we live, and where these rooms stand; first of all what was to be said before that.
+
+        A beat holds until it is replaced, so none may come before the message that it follows on.
+        """
+        for frame in connection.channel.flush():
+            self._out.emit(Transmit(connection.number, frame))
         for at in range(0, max(1, len(beats)), MAX_BEATS_PER_FRAME):
             some = beats[at : at + MAX_BEATS_PER_FRAME]
             serial = connection.news.said([key for key, _ in some])

@@ -107,7 +107,8 @@ class ReceiverSession(ReceiverBlocks):
             here = f"{self.options.ranks} in {self.state}, grant {self._phase}"
             return self._violation(f"Opened for {message.required} ranks, here {here}")
         self._sender_generation = message.sender_generation
-        self._sender_gate = Gate.queued
+        if self._sender_gate is not Gate.moving:  # a beat that came first, because this had to be sent again, holds
+            self._sender_gate = Gate.queued
         self._keep_grant()
         if message.total_tokens is not None:
             self.ledger.learn_total(message.total_tokens)

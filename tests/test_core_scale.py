@@ -217,3 +217,19 @@ def test_beats_that_arrive_late_replace_nothing() -> None:
     assert not slot.waits_for_blocks
     arrive(two.tx, old[0])
     assert not slot.waits_for_blocks
+
+
+def test_a_beat_follows_what_was_said_before_it_in_the_same_turn() -> None:
+    """A beat holds until it is replaced: one that came before Opened would be forgotten with it, for good."""
+    two = Two()
+    two.rx.open_receiver(0, 0, ReceiverOptions(two.conn, 1, 1, 1, "drain"))
+    two.settle()
+    two.tx.open_sender(0, SenderOptions(1, Policy.parse("memory"), TOOLS, 1))
+    while (effects := two.tx.drain()) and not any(isinstance(e, Transmit) for e in effects):
+        for effect in effects:
+            if isinstance(effect, Do) and effect.key is not None:
+                answer(two.tx, effect.key, effect.command)
+    two.tx.heartbeat_tick(host_alive=True)
+    sent = [e.packet for e in two.tx.drain() if isinstance(e, Transmit) and isinstance(e.packet, Frame)]
+    assert [bool(packet.messages) for packet in sent] == [True, False]
+    assert sent[1].beats

@@ -36,6 +36,7 @@ FIELDS: dict[type[KvpollError], dict[str, Any]] = {
     errors.TransferFailed: {"room": 42, "failure": FAILURE},
     errors.EndpointClosed: {"cause": "the driver ended"},
     errors.ForkedError: {"owner_pid": 100, "pid": 101},
+    errors.MoverUnavailable: {"problem": "python cannot be started"},
 }
 """The arguments of each error that has fields; they are its fields."""
 
@@ -115,6 +116,7 @@ def test_layout_mismatch_without_differences_has_a_field() -> None:
 RETRYABLE = {
     FailureCode.Displaced,
     FailureCode.PeerLost,
+    FailureCode.MoverLost,
     FailureCode.OutcomeUnknown,
     FailureCode.DeadlinePassed,
     FailureCode.TransportFailed,

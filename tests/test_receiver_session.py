@@ -724,6 +724,14 @@ def test_what_the_sender_said_last_holds_until_it_says_otherwise(opened: bool) -
     assert rx.session.state is KVPoll.Failed
 
 
+def test_a_beat_that_comes_before_opened_holds() -> None:
+    rx = Rx()
+    rx.granted()
+    rx.feed(inputs.BeatReceived(1, Gate.moving, 0, host_alive=True))
+    rx.say(Opened, required=2)
+    assert rx.session.gate is Gate.moving
+
+
 def test_work_that_moves_on_is_no_standstill() -> None:
     """The sender stages; then it is checked and copied here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, FailureCode, Field, KVPoll, Layout
 from kvpoll_fsm.errors import AddressError, InvalidInput
 from kvpoll_fsm.security import Keys, generate_keys
+from tests.helpers import ISOLATION
 
 LAYOUT = Layout(8, [Field("x", "float32", (4,))])
 SOON = Deadlines(bootstrap_s=1.0)
@@ -30,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 def endpoint(folder: Path, name: str, authorized: str = "trusted") -> Endpoint:
     keys = folder / name / f"{name}.key_secret"
-    return Endpoint(pool=BlockPool(LAYOUT, 8), keys=keys, authorized=folder / authorized, deadlines=SOON)
+    settings = {"authorized": folder / authorized, "deadlines": SOON, "isolation": os.environ[ISOLATION]}
+    return Endpoint(pool=BlockPool(LAYOUT, 8), keys=keys, **settings)
 
 
 def test_two_endpoints_that_trust_each_other(folder: Path) -> None:
@@ -57,7 +60,7 @@ def test_pain_24_a_peer_with_a_key_that_is_not_trusted_changes_nothing(folder: P
 
 
 def test_a_peer_without_keys_is_refused_before_anything_is_sent(folder: Path) -> None:
-    with endpoint(folder, "tx") as tx, Endpoint(pool=BlockPool(LAYOUT, 8), deadlines=SOON) as bare:
+    with endpoint(folder, "tx") as tx, Endpoint(pool=BlockPool(LAYOUT, 8), deadlines=SOON, isolation="thread") as bare:
         with pytest.raises(AddressError, match="wants keys"):
             bare.receiver(1, peer=str(tx.address))
         with pytest.raises(AddressError, match="key is missing"):
