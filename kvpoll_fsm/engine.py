@@ -13,9 +13,9 @@ from kvpoll_fsm.carriers import load_transports
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.driver import Driver
 from kvpoll_fsm.inputs import Supplied
-from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sources import EngineBlocks, RoomSource
 from kvpoll_fsm.status import Places, Sign, StatusTable
 from kvpoll_fsm.view import RoomView
 

@@ -14,9 +14,9 @@ from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.engine import Engine
 from kvpoll_fsm.errors import Failure, ForkedError, InvalidInput, TransferFailed
 from kvpoll_fsm.inputs import Supplied
-from kvpoll_fsm.outgoing import EngineBlocks, RoomSource
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import PartRecord
+from kvpoll_fsm.sources import EngineBlocks, RoomSource
 from kvpoll_fsm.staging import Source
 from kvpoll_fsm.status import STATES
 from kvpoll_fsm.view import RoomView

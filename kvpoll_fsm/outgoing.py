@@ -5,7 +5,6 @@ Used by the driver's thread alone, but for `_prepare`, which runs on a worker.
 
 from __future__ import annotations
 
-import abc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,14 +15,15 @@ from kvpoll_fsm.commands import StartPart, Target
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import KvpollError
 from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
-from kvpoll_fsm.layout import Extent, cut, plan_runs, runs
+from kvpoll_fsm.layout import Extent, plan_runs, runs
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.sources import EngineBlocks, RoomSource, Runs, StagedElsewhere, Unreadable
 from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Transport, Write
 from kvpoll_fsm.spi import Progress as TicketProgress
-from kvpoll_fsm.staging import TokenSource, checksum_runs, stage
+from kvpoll_fsm.staging import checksum_runs, stage
 
-__all__ = ["EngineBlocks", "Outgoing", "RoomSource", "StagedElsewhere", "Submit", "Unreadable"]
+__all__ = ["Outgoing", "Submit", "batches"]
 
 log = logging.getLogger("kvpoll_fsm")
 Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int], None]
@@ -31,55 +31,6 @@ Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int]
 
 A worker does it, unless it concerns very few bytes: the number comes last.
 """
-
-Runs = list[tuple[int, int]]
-
-
-class EngineBlocks:
-    """Source blocks that the engine names, in token order; each addition starts at its first block's start."""
-
-    def __init__(self, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
-        self._runs: Runs = []
-        self._first_block: int | None = None
-
-    def add(self, blocks: tuple[int, ...], tokens: int) -> None:
-        """Append `tokens` tokens that lie in `blocks`."""
-        self._runs += runs(blocks, self._block_tokens, tokens)
-        if self._first_block is None:
-            self._first_block = blocks[0]
-
-    def slots(self, offset: int, tokens: int) -> Runs:
-        """Where tokens [offset, offset + tokens) lie: (first slot, length) runs."""
-        return list(cut(self._runs, offset, tokens))
-
-    @property
-    def room_block(self) -> int:
-        """The block that holds the per-room values."""
-        return self._first_block or 0
-
-
-class StagedElsewhere(abc.ABC):
-    """A room's data that this process cannot read: another copies them into our blocks."""
-
-    @abc.abstractmethod
-    def stage(self, command: StartPart, then: Callable[[Exception | None], None]) -> None:
-        """Have a part copied, and call `then` on the driver's thread, once, with what kept it from being so."""
-
-
-class Unreadable(Exception):
-    """A source cannot be read here after all.
-
-    Attributes:
-        instead: What the room is staged from instead.
-    """
-
-    def __init__(self, why: str, instead: StagedElsewhere) -> None:
-        super().__init__(why)
-        self.instead = instead
-
-
-RoomSource = TokenSource | EngineBlocks | StagedElsewhere
 
 
 @dataclass

@@ -21,7 +21,7 @@ from kvpoll_fsm.view import RoomView
 
 if TYPE_CHECKING:
     from kvpoll_fsm.driver import Driver
-    from kvpoll_fsm.outgoing import RoomSource
+    from kvpoll_fsm.sources import RoomSource
 
 __all__ = ["ReceiverOrder", "Requests"]
 

@@ -24,16 +24,16 @@ from kvpoll_fsm.engine import CALL_S, Question
 from kvpoll_fsm.errors import EndpointClosed, Failure, FailureCode, KvpollError
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.mover import frames
-from kvpoll_fsm.mover.keeper import bring_up, relay
+from kvpoll_fsm.mover.keeper import bring_up, port_held, relay
 from kvpoll_fsm.mover.launch import Launched
 from kvpoll_fsm.mover.managed import ManagedOnly, needs_thread
 from kvpoll_fsm.mover.questions import Questions
 from kvpoll_fsm.mover.results import SharedResults
 from kvpoll_fsm.mover.settings import plain_config
 from kvpoll_fsm.mover.views import HostView, fail_all
-from kvpoll_fsm.outgoing import RoomSource
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sources import RoomSource
 from kvpoll_fsm.staging import Source, stage
 from kvpoll_fsm.status import Places, Sign, StatusTable
 from kvpoll_fsm.view import RoomView
@@ -288,18 +288,24 @@ class ProcessEngine(ManagedOnly):
             self._pending = self._questions.open()
         self._results.clear()
         fail_all(lost, FailureCode.MoverLost, f"the mover was lost: {how}")
-        while not self._closing.is_set():
-            if failures == len(PAUSES_S):
-                raise EndpointClosed(f"{failures} movers in a row were lost")
-            self._closing.wait(PAUSES_S[failures])
-            failures += 1
-            try:
-                self._pool.renew()
-                self._bring_up()
-                break
-            except (KvpollError, OSError) as error:
-                log.error("the mover cannot be replaced: %s", error)
+        with port_held(Address.parse(self._plain["listen"])):
+            while not self._closing.is_set():
+                if failures == len(PAUSES_S):
+                    raise EndpointClosed(f"{failures} movers in a row were lost")
+                self._closing.wait(PAUSES_S[failures])
+                failures += 1
+                if self._try_again():
+                    break
         return failures
+
+    def _try_again(self) -> bool:
+        try:
+            self._pool.renew()
+            self._bring_up()
+        except (KvpollError, OSError) as error:
+            log.error("the mover cannot be replaced: %s", error)
+            return False
+        return True
 
     def _bring_up(self) -> Address:
         mover, started = bring_up(self._pool, self._config, self._plain, self._table)

@@ -25,9 +25,9 @@ from kvpoll_fsm.mover.memory import HostSource
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.results import Held, Results
 from kvpoll_fsm.mover.views import MoverView
-from kvpoll_fsm.outgoing import RoomSource, StagedElsewhere
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.sources import RoomSource, StagedElsewhere
 from kvpoll_fsm.staging import Destination
 from kvpoll_fsm.status import Sign, StatusTable
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvpoll_fsm import errors
+from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.errors import KvpollError, MoverUnavailable
@@ -19,7 +22,7 @@ from kvpoll_fsm.mover.memory import address_of
 from kvpoll_fsm.mover.settings import plain_layout
 from kvpoll_fsm.status import StatusTable
 
-__all__ = ["bring_up", "relay"]
+__all__ = ["bring_up", "port_held", "relay"]
 
 log = logging.getLogger("kvpoll_fsm")
 START_S = 30.0
@@ -55,6 +58,19 @@ def bring_up(
         while fds:  # the pipe has not taken them over
             os.close(fds.pop())
         raise
+
+
+@contextlib.contextmanager
+def port_held(address: Address) -> Iterator[None]:
+    """Keep the port of a mover that was lost from being given to some outgoing connection of this machine.
+
+    A socket that is bound but does not listen keeps it; beside it another may bind and listen (SO_REUSEADDR).
+    """
+    with socket.socket(socket.AF_INET6 if address.is_v6 else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # taken already: the new mover will say so
+            holder.bind(("" if address.host == "*" else address.host, address.port))
+        yield
 
 
 def _setup(pool: BlockPool, config: Config, plain: dict[str, Any], nonce: bytearray) -> frames.Setup:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.outgoing import EngineBlocks
 from kvpoll_fsm.requests import ReceiverOrder
+from kvpoll_fsm.sources import EngineBlocks
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["ManagedOnly", "needs_thread"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.layout import Layout
-from kvpoll_fsm.outgoing import StagedElsewhere, Unreadable
+from kvpoll_fsm.sources import StagedElsewhere, Unreadable
 from kvpoll_fsm.staging import Piece
 
 __all__ = ["HostSource", "address_of", "allow_reading", "can_read"]

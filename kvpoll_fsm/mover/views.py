@@ -10,8 +10,8 @@ from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover.frames import Changed
 from kvpoll_fsm.mover.results import arrays
-from kvpoll_fsm.outgoing import RoomSource
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.sources import RoomSource
 from kvpoll_fsm.status import GATE_NUMBERS, GATES, HISTORIES, STATES, Places, StatusTable
 from kvpoll_fsm.view import RoomView
 

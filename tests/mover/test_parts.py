@@ -22,8 +22,8 @@ from kvpoll_fsm.mover.launch import launch
 from kvpoll_fsm.mover.memory import HostSource, can_read
 from kvpoll_fsm.mover.results import INLINE_NBYTES, KEPT_NBYTES, Results, SharedResults, arrays
 from kvpoll_fsm.mover.settings import config_of, layout_of, plain_config, plain_layout
-from kvpoll_fsm.outgoing import StagedElsewhere, Unreadable
 from kvpoll_fsm.security import generate_keys
+from kvpoll_fsm.sources import StagedElsewhere, Unreadable
 from tests.helpers import FIELDS, LAYOUT, until
 from tests.mover.movers import away, worth
 

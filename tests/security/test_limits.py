@@ -145,10 +145,10 @@ def test_peers_that_have_spoken_are_not_crowded_out() -> None:
         sender, receiver = open_pair(tx, rx, 1)
         until(lambda: callers(tx) == 1, "the honest peer")
         spoken = many(stack, tx, 2)
-        for eve in spoken:
+        for room, eve in enumerate(spoken, start=100):
             eve.hello()
-            eve.frame(reserve(100))
-        until(lambda: parked(tx) == 1)
+            eve.frame(reserve(room))
+        until(lambda: parked(tx) == len(spoken), "both have spoken")
         last = stack.enter_context(ByHand(tx, name=b"z" * 16))
         last.say(hello(last.name))
         until(lambda: limited(tx, "callers=3") == 1, "the refusal")
