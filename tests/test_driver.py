@@ -60,6 +60,7 @@ def nothing_left() -> Iterator[None]:
 # Start and end
 
 
+@pytest.mark.inside
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "prefer:memory,tcp"])
 def test_close_leaves_no_thread_no_file_and_no_socket(transport: str) -> None:
     with nothing_left(), pair(transport) as (tx, rx):
@@ -245,6 +246,7 @@ def test_a_start_that_fails_leaves_nothing(transport: str, tmp_path: Path) -> No
                 endpoint(transport, **settings).start()
 
 
+@pytest.mark.inside
 def test_a_start_without_a_thread_for_the_driver_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = threading.Thread.start
 
