@@ -48,7 +48,7 @@ def main(fd: int) -> int:
         pipe.drain(SETUP_S)
         return 1
     driver.run()
-    desk.finish(driver.ended or "")
+    desk.finish()
     pipe.close()
     return 0
 

@@ -111,7 +111,6 @@ class ProcessEngine(ManagedOnly):
             frames.Answer: self._questions.answer,
             frames.Stage: self._stage,
             frames.Logged: lambda event: relay([event]),
-            frames.Ended: lambda event: None,
         }
         self._thread = threading.Thread(target=self._run, name="kvpoll-listener", daemon=True)
         self._thread.start()

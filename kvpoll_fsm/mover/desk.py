@@ -119,8 +119,7 @@ class Desk:
     def end_turn(self) -> None:
         """Tell the host what is new."""
         if self._changed or self._results.has_unsaid:
-            changed, self._changed = self._changed, {}
-            self._tell(list(changed.values()))
+            self._tell()
         self._pipe.flush()
         if self._full is not self._pipe.waiting and not self._gone:
             self._full = self._pipe.waiting
@@ -197,11 +196,11 @@ class Desk:
         if (settled and (view.state, view.quiescent, view.over) != view.sent) or len(view.parts) != view.parts_told:
             self._changed[view.number] = view
 
-    def _tell(self, views: list[MoverView]) -> None:
-        segments = self._results.unsaid()
-        for some in _pieces(segments):
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, {}
+        for some in _pieces(self._results.unsaid()):
             self._pipe.send([event for event, _ in some], [fd for _, fds in some for fd in fds])
-        for these in _pieces(views):
+        for these in _pieces(list(changed.values())):
             changes = [self._change(view) for view in these]
             # The host may give the place of one that is over to another room: what it was told is all there is.
             rows = [(view, view.states, view.parts_told) for view in these if not view.over]
@@ -225,16 +224,10 @@ class Desk:
             inline=bytes(held.inline) if held and held.inline is not None else b"",
         )
 
-    def finish(self, cause: str) -> None:
-        """The driver has ended: say the last."""
-        self.end_turn_without_driver()
-        self._pipe.send([frames.Ended(cause)], [])
+    def finish(self) -> None:
+        """The driver has ended: say the last. Why it has is in what is told of its rooms, and in the log."""
+        self._tell()
         self._pipe.drain(LAST_WORDS_S)
-
-    def end_turn_without_driver(self) -> None:
-        """As `end_turn`, but nobody waits for the pipe any more."""
-        changed, self._changed = self._changed, {}
-        self._tell(list(changed.values()))
 
 
 def _pieces(items: list[T]) -> Iterator[list[T]]:

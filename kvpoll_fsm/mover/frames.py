@@ -18,7 +18,6 @@ __all__ = [
     "Close",
     "Command",
     "Dropped",
-    "Ended",
     "Event",
     "Free",
     "Logged",
@@ -222,10 +221,4 @@ class Logged(_Struct, frozen=True, tag=8):
     text: str
 
 
-class Ended(_Struct, frozen=True, tag=9):
-    """The driver has ended."""
-
-    cause: str
-
-
-Event = Started | Refused | Changed | NewSegment | Dropped | Answer | Stage | Logged | Ended
+Event = Started | Refused | Changed | NewSegment | Dropped | Answer | Stage | Logged
