@@ -66,6 +66,8 @@ class Capabilities:
         integrity: The medium detects flipped bits by itself (shared memory, RDMA), so `checksum="auto"` is off.
         cuda: Regions may be device memory.
         one_process: Works between endpoints of one process alone.
+        listens: It takes the settings `host` and `advertise`; an endpoint gives it those of its control plane, unless
+            told otherwise.
     """
 
     scatter_entries: int = 1024
@@ -76,6 +78,7 @@ class Capabilities:
     integrity: bool = False
     cuda: bool = False
     one_process: bool = False
+    listens: bool = False
 
 
 class LeaseId(Struct, frozen=True, cache_hash=True):
@@ -138,12 +141,15 @@ class Failed(Struct, frozen=True):
         source_free: The source may change: it is not read any more, or to no effect. False only where `quiescent` is
             False; then `Quiesced` follows whatever becomes of the peer, or the transport is closed: the source is
             not given back before.
+        collateral: Another ticket's trouble ended this one (a process both shared was killed). It may be tried again
+            on the same transport, and says nothing against it.
     """
 
     ticket: int
     reason: str
     quiescent: bool
     source_free: bool = True
+    collateral: bool = False
 
 
 class Quiesced(Struct, frozen=True):
@@ -259,6 +265,10 @@ class Transport(Protocol):
         """Revoke, and report `Fenced` with the returned number once no byte can land under the token.
 
         Always ends, whatever the writer does. An unknown token is fenced at once.
+
+        Comes after the end of a room, and in the middle of a part whose write failed without being quiescent; then,
+        once `Fenced` is there, `grant` is called for the same lease and ranges again, so that the part may be tried
+        once more.
         """
         ...
 

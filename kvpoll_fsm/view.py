@@ -6,8 +6,10 @@ sees everything that belongs to it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +45,8 @@ class RoomView:
 
     __slots__ = (
         "__weakref__",
+        "_bells",
         "_callbacks",
-        "_changed",
         "_places",
         "_state",
         "bytes_done",
@@ -98,21 +100,13 @@ class RoomView:
         self.quiescent = self.over = False
         self.data: Any = None
         self.opened_s = self.gate_since_s = time.monotonic()
-        self._changed: threading.Condition | None = None
-        self._callbacks: list[Callable[[], None]] | None = None
+        self._bells: list[threading.Lock] | None = None
+        self._callbacks: deque[Callable[[], None]] | None = None
 
     @property
     def state(self) -> KVPoll:
         """Where the room stands."""
         return self._state
-
-    @property
-    def changed(self) -> threading.Condition:
-        """Notified when the state, or what is known of its memory, changes. Made for the first who waits."""
-        with _making:
-            if self._changed is None:
-                self._changed = threading.Condition()
-        return self._changed
 
     def catch_up(self) -> None:
         """Wait until everything that belongs to `state` is here; it is, where the driver writes it in this order."""
@@ -158,16 +152,11 @@ class RoomView:
 
     def wake(self) -> None:
         """Let all who wait look again; once the room has ended, call back those who asked for that."""
-        changed = self._changed  # read after the state was set: who makes it later sees that state
-        if changed is None:
-            return
-        with changed:
-            changed.notify_all()
-            callbacks = self._callbacks if self.state.is_terminal else None
-            if callbacks:
-                self._callbacks = None
-        for callback in callbacks or ():
-            callback()
+        for bell in self._bells[:] if self._bells else ():
+            with contextlib.suppress(RuntimeError):  # it rings already
+                bell.release()
+        if self._callbacks and self.state.is_terminal:
+            _call_back(self._callbacks)
 
     def __del__(self) -> None:
         places = getattr(self, "_places", None)  # unset if there was no place left
@@ -175,25 +164,59 @@ class RoomView:
             places.give_back(self.number)
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Wait until `condition` holds; False if the time passed first."""
+        """Wait until `condition` holds; False if the time passed first.
+
+        No lock is held meanwhile, so that a signal handler may wait for the same room in the middle of a wait: each
+        has a bell of its own, hung up before the condition is looked at, and rung after what it is about has changed.
+        """
         if condition():
             return True
-        changed = self.changed
-        with changed:
-            return changed.wait_for(condition, timeout_s)
+        bell, bells = threading.Lock(), self._all_bells()
+        bell.acquire()
+        bells.append(bell)
+        try:
+            return _await(bell, condition, timeout_s)
+        finally:
+            bells.remove(bell)
 
     def call_when_ended(self, callback: Callable[[], None]) -> None:
-        """Call back once, from the thread that shows the end, when the room is terminal; at once if it is."""
-        with self.changed:
-            if not self.state.is_terminal:
-                self._callbacks = [*(self._callbacks or ()), callback]
-                return
-        callback()
+        """Call back once when the room is terminal, from the thread that shows the end; at once if it is."""
+        with _making:
+            callbacks = self._callbacks = deque() if self._callbacks is None else self._callbacks
+        callbacks.append(callback)
+        if self.state.is_terminal:  # seen by one of the two: the end is shown before callbacks are looked for
+            _call_back(callbacks)
 
     def call_no_more(self, callback: Callable[[], None]) -> None:
         """Forget a callback; unknown ones are ignored."""
-        with self.changed:
-            self._callbacks = [other for other in self._callbacks or () if other is not callback] or None
+        with contextlib.suppress(ValueError):
+            if self._callbacks is not None:
+                self._callbacks.remove(callback)
+
+    def _all_bells(self) -> list[threading.Lock]:
+        """Made for the first who waits."""
+        with _making:
+            self._bells = [] if self._bells is None else self._bells
+            return self._bells
+
+
+def _call_back(callbacks: deque[Callable[[], None]]) -> None:
+    """Whoever takes one out calls it."""
+    while callbacks:
+        try:
+            callback = callbacks.popleft()
+        except IndexError:  # another thread was faster
+            return
+        callback()
+
+
+def _await(bell: threading.Lock, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+    ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while not condition():
+        left_s = threading.TIMEOUT_MAX if ends_s is None else max(0.0, ends_s - time.monotonic())
+        if not bell.acquire(timeout=min(left_s, threading.TIMEOUT_MAX)):
+            return condition()
+    return True
 
 
 _FIRST = (KVPoll.Bootstrapping,)

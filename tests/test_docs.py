@@ -343,8 +343,7 @@ here = {"transports": "tcp", "isolation": "thread"}
 with Endpoint(pool=pools[0], **here) as tx, Endpoint(pool=pools[1], **here) as rx:
     sender = tx.sender(room=42, required_ranks=1)
     receiver = rx.receiver(room=42, peer=str(tx.address), tokens=1024)
-    with sender.view.changed:
-        sender.view.changed.wait_for(lambda: sender.poll() is KVPoll.WaitingForInput, 10)
+    sender.view.wait_until(lambda: sender.poll() is KVPoll.WaitingForInput, 10)
     passed.clear()
     sys.setprofile(look)
     sender.send({"x": np.zeros((500, 64), np.float32)})

@@ -91,6 +91,36 @@ def test_wakes_those_who_wait_for_quiescence_only() -> None:
     assert ended == [True]
 
 
+def test_pain_26_what_changes_between_a_look_and_the_wait_is_not_missed() -> None:
+    """A signal handler that waits for the room as well may run there, and the end come meanwhile."""
+    seen, asked = view(), threading.Event()
+    looks: list[bool] = []
+
+    def end() -> None:
+        asked.wait(SOON_S)
+        seen.fail(CAUSE)
+
+    def ask() -> bool:
+        asked.set()
+        return seen.state.is_terminal
+
+    def look() -> bool:
+        looks.append(seen.state.is_terminal)
+        if len(looks) == 2:
+            ending = threading.Thread(target=end, daemon=True)
+            asks = iter((False,))
+            ending.start()
+            assert seen.wait_until(lambda: next(asks, None) is None and ask(), SOON_S)
+            ending.join(SOON_S)
+        return looks[-1]
+
+    waiting = threading.Thread(target=lambda: seen.wait_until(look, None), daemon=True)
+    waiting.start()
+    waiting.join(SOON_S)
+    assert not waiting.is_alive()
+    assert looks == [False, False, True]
+
+
 def test_gives_up_waiting_in_time() -> None:
     seen = view()
     assert not seen.wait_until(lambda: seen.state.is_terminal, 0.001)

@@ -35,7 +35,7 @@ __all__ = [
     "transfer",
 ]
 
-ANSWER_S = 30.0
+ANSWER_S = 45.0
 """Longest a worker may take to answer: a bound against hanging, not an expectation."""
 FAST = {"heartbeat_s": 0.1, "peer_lost_s": 0.6, "stall_s": 1.0, "bootstrap_s": 20.0, "resume_s": 20.0}
 """Deadlines of endpoints whose peer will be lost."""
