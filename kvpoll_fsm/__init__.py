@@ -15,6 +15,7 @@ from kvpoll_fsm.errors import (
     AddressError,
     BlockError,
     ChannelOverflow,
+    ConfigError,
     DoubleFree,
     DuplicateRoom,
     EndpointClosed,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from kvpoll_fsm.board import StatusBoard
     from kvpoll_fsm.endpoint import Endpoint
     from kvpoll_fsm.handles import Receiver, Sender
+    from kvpoll_fsm.switching import TransportStatus
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,7 @@ _LAZY = {
     "Receiver": "handles",
     "Sender": "handles",
     "StatusBoard": "board",
+    "TransportStatus": "switching",
 }
 """Names that touch sockets, threads or arrays, and the module each lives in."""
 
@@ -82,6 +85,7 @@ __all__ = [
     "BlockPool",
     "Bootstrapped",
     "ChannelOverflow",
+    "ConfigError",
     "DeadlinePassed",
     "Deadlines",
     "DoubleFree",
@@ -118,6 +122,7 @@ __all__ = [
     "Sender",
     "StatusBoard",
     "TransferFailed",
+    "TransportStatus",
     "TransportUnavailable",
     "UnknownRoom",
     "UnsupportedVersion",

@@ -12,7 +12,7 @@ from typing import Any
 from kvpoll_fsm import commands
 from kvpoll_fsm.core import EndpointCore
 from kvpoll_fsm.incoming import Incoming
-from kvpoll_fsm.inputs import Crashed, Preflighted
+from kvpoll_fsm.inputs import Crashed, Input, Preflighted
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.session import RoomKey
@@ -28,26 +28,35 @@ class Actions:
     """Used by the driver's thread alone."""
 
     def __init__(
-        self, core: EndpointCore, timers: Timers, links: Links, outgoing: Outgoing, incoming: Incoming
+        self,
+        core: EndpointCore,
+        timers: Timers,
+        links: Links,
+        outgoing: Outgoing,
+        incoming: Incoming,
+        feed: Callable[[RoomKey, Input], None],
     ) -> None:
         """Store who does what.
 
         Args:
-            core: Is fed the answers.
+            core: Decides.
             timers: The driver's.
             links: To the peers' data ports.
             outgoing: Parts on their way out.
             incoming: Blocks exposed, and what lands there.
+            feed: Gives a room's session an answer.
         """
         self._core = core
         self._timers = timers
         self._links = links
         self._outgoing = outgoing
         self._incoming = incoming
+        self._feed = feed
         self._ways: dict[type, Callable[[RoomKey, Any], None]] = {
             commands.Preflight: self._preflight,
             commands.StartPart: outgoing.start,
             commands.CancelPart: lambda key, command: outgoing.cancel(key),
+            commands.CancelWrites: outgoing.hurry,
             commands.Expose: incoming.expose,
             commands.Release: lambda key, command: incoming.release(key, command.part),
             commands.Fence: incoming.fence,
@@ -93,11 +102,11 @@ class Actions:
             action()
         except Exception as error:  # whatever a transport or an array throws must stay in its room
             log.exception("room failed room=%d side=%s", key.room, key.side)
-            self._core.feed(key, Crashed(f"{type(error).__name__}: {error}"))
+            self._feed(key, Crashed(f"{type(error).__name__}: {error}"))
 
     def _preflight(self, key: RoomKey, command: commands.Preflight) -> None:
         def answer(ok: bool, why: str) -> None:
-            self._core.feed(key, Preflighted(command.rank, command.conn, command.transport, ok, why))
+            self._feed(key, Preflighted(command.rank, command.conn, command.transport, ok, why))
 
         connection = self._core.connections.get(command.conn)
         offer = connection.offers.get(command.transport) if connection else None

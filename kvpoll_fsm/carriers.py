@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from kvpoll_fsm import registry
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.errors import TransportUnavailable
+from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.spi import Completion, Gathers, Transport
 
 __all__ = ["Carriers", "load_transports"]
@@ -25,11 +26,12 @@ class Carriers:
         live: The transports that work, by name. All who use transports share it.
         fatal: Why the endpoint has to end: no transport is left, or one cannot be closed.
         unsafe: One could not be closed: nobody can say whether it still writes.
-        blind: Some transport has no file descriptor and must be asked.
+        left_out: Why others do not, by name: those that could not start, and those that broke.
     """
 
     def __init__(self, transports: Mapping[str, Transport], control: Control) -> None:
         self.live = dict(transports)
+        self.left_out: dict[str, str] = {}
         self.fatal: TransportUnavailable | None = None
         self.unsafe = False
         self._control = control
@@ -42,11 +44,11 @@ class Carriers:
         """Some transport has no file descriptor and must be asked."""
         return len(self._watched) < len(self.live)
 
-    def start(self, pool: BlockPool) -> tuple[TransportOffer, ...]:
-        """Start those that can work here; the others are left out, if any can.
+    def start(self, pool: BlockPool, needed: Collection[str]) -> tuple[TransportOffer, ...]:
+        """Start those that can work here; the others are left out, if any can of those that are needed.
 
         Raises:
-            TransportUnavailable: None can; the reason of the first.
+            TransportUnavailable: None can of those; the reason of the first.
         """
         offers: list[TransportOffer] = []
         refusals: list[TransportUnavailable] = []
@@ -55,12 +57,29 @@ class Carriers:
                 offers.append(_start(name, transport, pool))
             except TransportUnavailable as error:
                 log.warning("transport left out: %s", error)
-                refusals.append(error)
+                self.left_out[name] = f"{error.problem}; {error.hint}" if error.hint else error.problem
+                if name in needed:
+                    refusals.append(error)
                 del self.live[name]
                 transport.close()
-        if not offers:
+        if self.live.keys().isdisjoint(needed):
             raise refusals[0]
         return tuple(offers)
+
+    def require(self, policy: Policy) -> None:
+        """Check that all the transports a policy names are here and work.
+
+        Raises:
+            TransportUnavailable: One is not; says how to have it.
+        """
+        for name in policy.names:
+            if name in self.live:
+                continue
+            if name in self.left_out:
+                raise TransportUnavailable(name, "does not work here: " + self.left_out[name])
+            registry.load(name)
+            here = f"standby=({name!r},) has it loaded from the start; loaded are: {', '.join(self.live)}"
+            raise TransportUnavailable(name, "is not loaded by this endpoint", here)
 
     def watch(self, lost: Callable[[str, str], None]) -> None:
         """Wake the driver when there is news, and call `lost` with (name, why) when a transport was given up."""
@@ -99,6 +118,7 @@ class Carriers:
             return
         why = f"given up after {type(error).__name__}: {error}"
         log.error("transport %s: %s", name, why)
+        self.left_out[name] = why
         fd = self._watched.pop(name, None)
         if fd is not None:
             self._control.unwatch(fd)
@@ -124,23 +144,32 @@ class Carriers:
 
 
 def load_transports(config: Config) -> dict[str, Transport]:
-    """The transports of the policy, not started; with `prefer` those that cannot be loaded are left out, if any can.
+    """The transports of the policy and those on standby, not started; those that cannot be loaded are left out.
 
     Raises:
-        TransportUnavailable: None can be loaded; the reason of the first.
+        TransportUnavailable: None of the policy can be loaded; the reason of the first.
+        InvalidInput: A transport does not take its settings.
     """
     loaded: dict[str, Transport] = {}
-    refusals: list[TransportUnavailable] = []
-    for name in config.policy.names:
+    refusals: dict[str, TransportUnavailable] = {}
+    for name in config.names:
         try:
-            loaded[name] = registry.load(name)(**config.options_of(name))
+            loaded[name] = _make(name, config)
         except TransportUnavailable as error:
-            refusals.append(error)
-    if not loaded:
-        raise refusals[0]
-    for refusal in refusals:
+            refusals[name] = error
+    if not loaded.keys() & set(config.policy.names):
+        raise refusals[config.policy.names[0]]
+    for refusal in refusals.values():
         log.warning("transport left out: %s", refusal)
     return loaded
+
+
+def _make(name: str, config: Config) -> Transport:
+    options = config.options_of(name)
+    try:
+        return registry.load(name)(**options)
+    except TypeError as error:  # a setting it does not have
+        raise InvalidInput(f"transport_options: {name!r}: {error}") from error
 
 
 def _start(name: str, transport: Transport, pool: BlockPool) -> TransportOffer:

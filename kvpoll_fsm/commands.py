@@ -5,13 +5,13 @@ Each command says which input answers it. A session never waits: it is fed the a
 | command | carried out by | answered by (kvpoll_fsm.inputs) |
 |---|---|---|
 | Send | channel | nothing; the channel delivers or the peer is gone |
-| Preflight | transport link | Preflighted |
+| Preflight | transport link, unless its breaker is open | Preflighted |
 | Grant, Regrant | block accounts (then, for a receiver, `Transport.grant`) | Granted, GrantQueued, GrantRefused |
 | Expose (from the core) | transports' `grant` | Granted |
 | StartPart | staging and transport links | Progress, one PartWritten per target, RankQuiesced |
-| CancelPart | transport links | only asks; PartWritten and RankQuiesced still come |
+| CancelPart, CancelWrites | transport links | only asks; PartWritten and RankQuiesced still come |
 | Verify, CopyOut | staging | Verified, CopiedOut |
-| Fence | transports | Fenced |
+| Fence | transports | Fenced, unless it was not forced and would hurt other rooms |
 | Release | block accounts, transports (tokens die) | nothing |
 | SetTimer, CancelTimer | the host's clock | TimerFired |
 """
@@ -25,6 +25,7 @@ from kvpoll_fsm.messages import BlockGrant, Message
 __all__ = [
     "CancelPart",
     "CancelTimer",
+    "CancelWrites",
     "Command",
     "CopyOut",
     "Expose",
@@ -50,11 +51,16 @@ class Send(Struct, frozen=True):
 
 
 class Preflight(Struct, frozen=True):
-    """Reach the data port of `rank` through `transport`, before anything is promised."""
+    """Reach the data port of `rank` through `transport`, before anything is promised.
+
+    Attributes:
+        insist: Whatever its breaker says: nothing else is left.
+    """
 
     rank: int
     conn: int
     transport: str
+    insist: bool = False
 
 
 class Grant(Struct, frozen=True):
@@ -91,12 +97,19 @@ class Expose(Struct, frozen=True):
 
 
 class Target(Struct, frozen=True):
-    """One rank a part goes to."""
+    """One rank a part goes to.
+
+    Attributes:
+        insist: Whatever the transport's breaker says: nothing else is left.
+        shut: Why nothing is to be written there: the breaker's reason, set by the core. Answered like a failed write.
+    """
 
     rank: int
     conn: int
     transport: str
     grant: BlockGrant
+    insist: bool = False
+    shut: str = ""
 
 
 class StartPart(Struct, frozen=True):
@@ -119,6 +132,15 @@ class CancelPart(Struct, frozen=True):
     """Nobody wants this part any more: stop where the transport can."""
 
     part: int
+
+
+class CancelWrites(Struct, frozen=True):
+    """One attempt to write a part to a rank takes too long: stop where the transport can."""
+
+    rank: int
+    part: int
+    attempt: int
+    why: str
 
 
 class HeldPart(Struct, frozen=True):
@@ -151,12 +173,17 @@ class CopyOut(Struct, frozen=True):
 class Fence(Struct, frozen=True):
     """Make sure that no write can land in the blocks of `part` any more. They are quarantined until then.
 
+    With `transport` the room lives and goes on: the blocks stay leased, what was written through that one transport
+    lands no more, and the answer brings a new token for it.
+
     Attributes:
         force: The writer will not tell; use means that may hurt other rooms.
+        transport: Fence what was written through this one alone, or "" for all.
     """
 
     part: int
     force: bool
+    transport: str = ""
 
 
 class Release(Struct, frozen=True):
@@ -187,6 +214,7 @@ Command = (
     | Expose
     | StartPart
     | CancelPart
+    | CancelWrites
     | Verify
     | CopyOut
     | Fence

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpoll_fsm import registry
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.errors import AddressError, InvalidInput
 from kvpoll_fsm.limits import Limits
-from kvpoll_fsm.registry import HINTS
 from kvpoll_fsm.security import Keys
 from kvpoll_fsm.selection import Policy
 
@@ -27,6 +27,8 @@ class Config:
         listen: Where the control plane listens; port 0 takes any free one.
         advertise: The control address that peers are told, if it differs (containers, NAT).
         policy: Which transports carry parts, best first.
+        canary: Another policy, and the share of rooms that have it, as `Endpoint.switch_transport` may have left it.
+        standby: Transports that are loaded and offered to peers, though the policy does not name them.
         deadlines: How long each gate may stay shut.
         checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
         arrays: "auto" (torch if it is imported, else numpy), "numpy" or "torch".
@@ -40,6 +42,7 @@ class Config:
         insecure: Listen beyond this machine without keys all the same.
         limits: How much peers may take of the endpoint.
         trace: File that the whole trace is appended to; the newest records are kept in memory anyway.
+        control_socket: Where `kvpoll switch` and `kvpoll report` reach the endpoint: a path, "auto", or None.
     """
 
     listen: Address
@@ -57,6 +60,9 @@ class Config:
     insecure: bool = False
     trace: str | Path | None = None
     limits: Limits = field(default_factory=Limits)
+    standby: tuple[str, ...] = ()
+    canary: tuple[Policy, float] | None = None
+    control_socket: str | Path | None = None
 
     @classmethod
     def of(
@@ -65,24 +71,20 @@ class Config:
         listen: str,
         advertise: str | None,
         transports: str,
-        deadlines: Deadlines | None,
+        standby: str | Iterable[str],
         mover_cpus: Iterable[int] | None,
-        transport_options: Mapping[str, Mapping[str, Any]] | None,
         keys: str | Path | None,
         authorized: str | Path | None,
-        limits: Limits | None,
         **others: Any,
     ) -> Config:
-        """The settings as `Endpoint` is given them. Raises what that does."""
+        """The settings as `Endpoint` is given them, or as a file has them. Raises what `Endpoint` does."""
         return cls(
             listen=Address.parse(listen),
             advertise=None if advertise is None else Address.parse(advertise),
             policy=Policy.parse(transports),
-            deadlines=deadlines or Deadlines(),
+            standby=_names(standby),
             mover_cpus=None if mover_cpus is None else tuple(mover_cpus),
-            transport_options=transport_options or {},
             keys=_load_keys(keys, authorized),
-            limits=limits or Limits(),
             **others,
         )
 
@@ -97,12 +99,9 @@ class Config:
             raise InvalidInput(f"deadlines={self.deadlines!r}: give Deadlines(stall_s=..., ...)")
         if not isinstance(self.limits, Limits):
             raise InvalidInput(f"limits={self.limits!r}: give Limits(orphans=..., ...)")
-        if not isinstance(self.transport_options, Mapping):
-            raise InvalidInput(f"transport_options={self.transport_options!r}: give a dict of dicts")
-        for name, options in self.transport_options.items():
-            if name not in {*self.policy.names, *HINTS} or not isinstance(options, Mapping):
-                known = ", ".join(self.policy.names)
-                raise InvalidInput(f"transport_options: {name!r}: {options!r}: give a dict of settings for: {known}")
+        _check_options(self.transport_options, self.names)
+        if not (self.control_socket is None or (isinstance(self.control_socket, (str, Path)) and self.control_socket)):
+            raise InvalidInput(f'control_socket={self.control_socket!r}: give "auto", or a path')
         if self.listen.is_wildcard and self.advertise is None:
             raise AddressError(str(self.listen), "a wildcard needs advertise='tcp://host:port' that peers can reach")
         reachable = [a for a in (self.listen, self.advertise) if a is not None and not a.is_loopback]
@@ -119,14 +118,46 @@ class Config:
             return bound
         return self.advertise.with_port(self.advertise.port or bound.port).with_key(bound.key)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The transports to load: those of the policy, then those on standby."""
+        canary = () if self.canary is None else self.canary[0].names
+        return tuple(dict.fromkeys((*self.policy.names, *canary, *self.standby)))
+
     def options_of(self, transport: str) -> dict[str, Any]:
-        """Keyword settings for a transport; tcp listens where the control plane does unless told otherwise."""
+        """Keyword settings for a transport; one that listens does so where the control plane does, unless told not to.
+
+        Raises:
+            TransportUnavailable: It cannot be loaded.
+        """
         options = dict(self.transport_options.get(transport, {}))
-        if transport == "tcp":
+        if registry.load(transport).capabilities.listens:
             options.setdefault("host", self.listen.host)
             if self.advertise is not None:
                 options.setdefault("advertise", self.advertise.host)
         return options
+
+
+def _names(standby: str | Iterable[str]) -> tuple[str, ...]:
+    listed = standby.split(",") if isinstance(standby, str) else standby
+    try:
+        names = tuple(listed)
+        return Policy.parse(f"prefer:{','.join(names)}").names if names else ()
+    except (TypeError, InvalidInput):
+        raise InvalidInput(f"standby={standby!r}: give names of transports, each once") from None
+
+
+def _check_options(given: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> None:
+    if not isinstance(given, Mapping):
+        raise InvalidInput(f"transport_options={given!r}: give a dict of dicts")
+    for name, options in given.items():
+        if name in {*names, *registry.HINTS} and isinstance(options, Mapping):
+            continue
+        known = {*names, *registry.HINTS, *registry.available()}
+        if name not in known or not isinstance(options, Mapping):
+            raise InvalidInput(
+                f"transport_options: {name!r}: {options!r}: give a dict of settings for: {', '.join(sorted(known))}"
+            )
 
 
 def _check_mover(nice: int, cpus: tuple[int, ...] | None) -> None:

@@ -13,7 +13,19 @@ from typing import Any
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
-from kvpoll_fsm.commands import CancelTimer, Command, Fence, Grant, Regrant, Release, Send, SetTimer
+from kvpoll_fsm.breaker import Breakers
+from kvpoll_fsm.commands import (
+    CancelTimer,
+    Command,
+    Fence,
+    Grant,
+    Preflight,
+    Regrant,
+    Release,
+    Send,
+    SetTimer,
+    StartPart,
+)
 from kvpoll_fsm.connection import UNSEEN, Connection, Origin
 from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
 from kvpoll_fsm.errors import FailureCode, LimitReached
@@ -39,6 +51,7 @@ class EndpointCore:
 
     Attributes:
         options: What the endpoint is.
+        breakers: Which transports to which peers are not to be tried just now.
     """
 
     def __init__(self, options: CoreOptions) -> None:
@@ -50,6 +63,7 @@ class EndpointCore:
         self._lessor = Lessor(accounts, options.layout.block_tokens, options.deadlines.withdraw_s, self._out)
         self._router = Router(self._rooms, self._peers, options.limits, self._out)
         self._heartbeats = Heartbeats(self._rooms, self._peers, options.deadlines, self._out)
+        self.breakers = Breakers(self._rooms, options.deadlines, self._out)
 
     @property
     def accounts(self) -> BlockAccounts:
@@ -121,6 +135,8 @@ class EndpointCore:
         """Give one input to a room; a room that is over ignores it, and so does one the grant is not for any more."""
         if isinstance(event, inputs.Granted) and not self._lessor.holds(key, event.part):
             return
+        if isinstance(event, (inputs.PartWritten, inputs.Preflighted)):
+            self.breakers.heard(key, self.sessions.get(key), event)
         self._out.feed(key, event)
         self._run()
 
@@ -237,6 +253,7 @@ class EndpointCore:
         self._run()
         self._peers.push(conn, messages.Bye())
         self._peers.remove(conn)
+        self.breakers.forget(conn)
         self.parking.hang_up(conn)
         self._out.emit(Hangup(conn))
 
@@ -252,9 +269,12 @@ class EndpointCore:
         """A timer fired."""
         if key is not None:
             self.feed(key, inputs.TimerFired(name, epoch, host_alive))
-        elif name == WITHDRAW_TIMER:
+            return
+        if name == WITHDRAW_TIMER:
             self._lessor.timer_fired(epoch)
-            self._run()
+        else:
+            self.breakers.timer(name, epoch)
+        self._run()
 
     def heartbeat_tick(self, host_alive: bool, working: Collection[RoomKey] = frozenset()) -> None:
         """`heartbeat_s` has passed: tell peers that we live, find those that do not.
@@ -304,6 +324,7 @@ class EndpointCore:
         copy._lessor = self._lessor.clone(copy._out)
         copy._router = self._router.clone(copy._rooms, copy._peers, copy._out)
         copy._heartbeats = self._heartbeats.clone(copy._rooms, copy._peers, copy._out)
+        copy.breakers = self.breakers.clone(copy._rooms, copy._out)
         return copy
 
     def key(self) -> tuple[Any, ...]:
@@ -314,6 +335,7 @@ class EndpointCore:
             self._lessor.key(),
             self.parking.key(),
             self._rooms.key(),
+            self.breakers.key(),
             (*self._out.effects, *self._out.last.values()),
         )
 
@@ -333,6 +355,8 @@ class EndpointCore:
             for command in session.feed_safely(event):
                 self._carry_out(key, session, command)
             self._out.changed(key)
+            if self.breakers and session.state.is_terminal:
+                self.breakers.ended(key, session)
             if session.news:
                 session.news = False
                 self._heartbeats.spread(key)
@@ -352,6 +376,10 @@ class EndpointCore:
             self._lessor.regrant(key, command)
         elif isinstance(command, Release):
             self._lessor.release(key, command)
+        elif isinstance(command, Preflight):
+            self.breakers.preflight(key, command)
+        elif isinstance(command, StartPart):
+            self.breakers.start(key, command)
         else:
             if isinstance(command, Fence) and not command.force:
                 self._lessor.quarantine(key, command.part)

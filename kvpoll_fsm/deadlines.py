@@ -82,7 +82,7 @@ class Deadlines:
         bootstrap_s: For the other side to show up and grant blocks.
         input_s: For the host to have data, renewed by a "queued, alive" heartbeat; for blocks of one's own pool.
         stall_s: For a part to make progress; renewed only by growth of the bytes that landed,
-            and while its staging, checking or copying goes on at either end.
+            while its staging, checking or copying goes on at either end, and when it is begun again.
         resume_s: For the next grant after a part that was not the last.
         room_timeout_s: Caps the life of a room whatever renews the others.
         heartbeat_s: How often a peer is told that we live and where its rooms stand.
@@ -91,6 +91,11 @@ class Deadlines:
         withdraw_s: How long a grant no room has used stays, while an earlier room waits for blocks.
         quarantine_max_s: How long blocks wait for the writer's word before the receiver fences by force.
         linger_s: How long a connection without rooms is kept.
+        fallback_s: How long an attempt at a part may make no progress while another transport is left; at most half
+            of `stall_s` counts.
+        probe_s: The same for the attempt that is to show whether a transport works again.
+        breaker_s: How long a transport to a peer is not tried after it failed. Doubles each time that it still fails.
+        breaker_max_s: The longest such time.
     """
 
     bootstrap_s: float = 30.0
@@ -104,6 +109,10 @@ class Deadlines:
     withdraw_s: float = 0.5
     quarantine_max_s: float = 60.0
     linger_s: float = 30.0
+    fallback_s: float = 4.0
+    probe_s: float = 1.0
+    breaker_s: float = 1.0
+    breaker_max_s: float = 60.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -115,6 +124,8 @@ class Deadlines:
                 f"peer_lost_s={self.peer_lost_s:g} must exceed heartbeat_s={self.heartbeat_s:g}, "
                 "or every idle peer counts as lost"
             )
+        if self.breaker_max_s < self.breaker_s:
+            raise InvalidInput(f"breaker_max_s={self.breaker_max_s:g} is below breaker_s={self.breaker_s:g}")
 
     def of(self, state: KVPoll, gate: Gate) -> float:
         """Seconds a room in `state` may wait at `gate`.
@@ -124,3 +135,8 @@ class Deadlines:
         """
         seconds: float = getattr(self, GATES[state, gate].value)
         return seconds
+
+    def patience_s(self, *, probing: bool) -> float:
+        """Seconds without progress after which an attempt is given up for another transport's sake."""
+        fallback_s = min(self.fallback_s, self.stall_s / 2)
+        return min(self.probe_s, fallback_s) if probing else fallback_s

@@ -33,7 +33,10 @@ from kvpoll_fsm.inputs import AbortRoom
 from kvpoll_fsm.jobs import Jobs
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.links import Links
+from kvpoll_fsm.local.server import ControlSocket
+from kvpoll_fsm.local.service import Service
 from kvpoll_fsm.messages import TransportOffer
+from kvpoll_fsm.metering import Meter
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.performer import Performer
 from kvpoll_fsm.reception import Reception
@@ -66,7 +69,9 @@ class Driver:
     Attributes:
         address: The control address that peers use, once started.
         bound: The one it listens at.
+        carriers: The transports.
         core: All state that decides; the driver's thread alone touches it.
+        meter: Counts how rooms fare.
         requests: What hosts ask of it, for its thread.
     """
 
@@ -89,15 +94,17 @@ class Driver:
         """
         self.pool = pool
         self.config = config
-        self.requests = Requests(self)
+        self.requests = Requests(self, guest)
         self._sign = sign
         self._guest = guest
         self._inbox = Inbox()
         self._timers = Timers(time.monotonic)
         self._control = Control(config.listen, config.keys, config.limits, config.deadlines.peer_lost_s)
-        self._carriers = Carriers(transports, self._control)
+        self.carriers = Carriers(transports, self._control)
         self._workers = Workers(config.workers)
         self._jobs = Jobs(self._workers, self._answer)
+        self.meter = Meter(pool.layout, config.names)
+        self._console = ControlSocket(config.control_socket, Service(self.requests).answer)
         self._phase = "running"
         self._owed = self._flush_over = self._closing = False
         self._cause: str | None = None
@@ -126,8 +133,9 @@ class Driver:
             self._open(incarnation)
             go()
         except BaseException:
+            self._console.close()
             self._control.close()
-            self._carriers.close()
+            self.carriers.close()
             self._workers.close()
             self._inbox.close()
             self.recorder.close()
@@ -136,7 +144,7 @@ class Driver:
 
     def _open(self, incarnation: bytes) -> None:
         self.recorder.start()
-        offers = self._carriers.start(self.pool)
+        offers = self.carriers.start(self.pool, self.config.policy.names)
         check_introduction(incarnation, self.pool.layout, offers)
         self.bound = self._control.start()
         self.address = self.config.advertised(self.bound)
@@ -144,9 +152,10 @@ class Driver:
         self.core = EndpointCore(self._options(incarnation, offers))
         self._assemble()
         self._control.watch(self._inbox.open())
-        self._carriers.watch(self._actions.lost)
+        self.carriers.watch(self._actions.lost)
         if self._guest is not None:
             self._control.watch(self._guest.fileno())
+        self._console.open(self)
 
     def _options(self, incarnation: bytes, offers: tuple[TransportOffer, ...]) -> CoreOptions:
         pool, config = self.pool, self.config
@@ -154,15 +163,21 @@ class Driver:
 
     def _assemble(self) -> None:
         """Make those who work for the driver; what they share are the core, the transports and the jobs."""
-        core, transports, submit, feed = self.core, self.transports, self._jobs.submit, self.core.feed
-        give_up, peers = self._carriers.give_up, self.core.connections
+        core, transports, submit, feed = (
+            self.core,
+            self.transports,
+            self._jobs.submit,
+            self.meter.feeding(self.core.feed),
+        )
+        give_up, peers = self.carriers.give_up, self.core.connections
         self._links = Links(transports)
         self.incoming = Incoming(self.pool, transports, submit, feed, give_up, self._destination)
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
-        self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming)
+        self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming, feed)
         self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest is None)
         moving = (self._actions, self.incoming, self.outgoing)
-        self._performer = Performer(core, self._control, self._carriers, *moving, self._display, self.recorder)
+        telling = (self._display, self.recorder, self.meter)
+        self._performer = Performer(core, self._control, self.carriers, *moving, *telling)
         self._reception = Reception(core, self._control, self.recorder)
 
     def _destination(self, layout: Layout, total_tokens: int) -> Destination:
@@ -205,10 +220,14 @@ class Driver:
         self.post(task)
         return future
 
+    def after_fork(self) -> None:
+        """This is a forked child, in which nothing runs."""
+        self._console.after_fork()
+
     @property
     def transports(self) -> dict[str, Transport]:
         """The transports that work, by name."""
-        return self._carriers.live
+        return self.carriers.live
 
     @property
     def views(self) -> dict[RoomKey, RoomView]:
@@ -260,6 +279,7 @@ class Driver:
         """Show a room that was opened. Driver's thread."""
         view.key = key
         self.views[key] = view
+        self.meter.opened(key)
 
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle. Driver's thread."""
@@ -288,9 +308,10 @@ class Driver:
         self._inbox.run(TURN_S)
         if self._guest is not None:
             self._guest.take_turn(readable)
+        self._console.take_turn(readable)
         for origin, identity, packet in self._control.read():
             self._reception.take(origin, identity, packet)
-        for name, completion in self._carriers.news():
+        for name, completion in self.carriers.news():
             self._actions.completed(name, completion)
         for timer, epoch in self._timers.due():
             self._timer(timer, epoch)
@@ -298,8 +319,8 @@ class Driver:
         self.recorder.flush()
         if self._guest is not None:
             self._guest.end_turn()
-        if self._carriers.fatal is not None:
-            raise self._carriers.fatal
+        if self.carriers.fatal is not None:
+            raise self.carriers.fatal
         if self.core.owes_ack and not self._owed:
             self._owed = True
             self._timers.set("ack", ACK_AFTER_S)
@@ -309,7 +330,7 @@ class Driver:
             return 0.0
         due = self._timers.next_in_s()
         awaited = not (self.outgoing.idle and self.incoming.idle and self._links.idle)
-        if not (self._carriers.blind and awaited):
+        if not (self.carriers.blind and awaited):
             return due
         return min(POLL_INTERVAL_S, POLL_INTERVAL_S if due is None else due)
 
@@ -373,7 +394,7 @@ class Driver:
     def _end(self, cause: str) -> None:
         self._cause = cause
         self._display.fail_all(cause)
-        for close in (self._release_memory, self._control.close, self.recorder.close):
+        for close in (self._console.close, self._release_memory, self._control.close, self.recorder.close):
             try:
                 close()
             except Exception:  # whoever waits must be answered all the same
@@ -386,8 +407,8 @@ class Driver:
         ended = self._workers.close()
         if not ended:
             log.error("workers hang, and keep what they work on and the pool of endpoint %s", self.address)
-        self._carriers.close()
-        quiescent = ended and not self._carriers.unsafe
+        self.carriers.close()
+        quiescent = ended and not self.carriers.unsafe
         self._display.settle_all(quiescent=quiescent)
         if quiescent:
             self.pool.unclaim()

@@ -3,6 +3,7 @@
 - `Transmit(conn, packet)`: put a packet on the wire;
 - `Do(key, command)`: carry out a session's command (or, with `key` None, set a timer of the core);
 - `Changed(key)`: the room's state, gate or parts may have changed; once per room, when all else has been carried out;
+- `BreakerMoved(conn, transport, ...)`: a transport to a peer is not to be tried for a while, or is again;
 - `Hangup(conn)`: the connection has ended.
 """
 
@@ -19,7 +20,7 @@ from kvpoll_fsm.inputs import Input
 from kvpoll_fsm.messages import Packet
 from kvpoll_fsm.session import RoomKey
 
-__all__ = ["Changed", "Do", "Effect", "Hangup", "Outbox", "Transmit"]
+__all__ = ["BreakerMoved", "Changed", "Do", "Effect", "Hangup", "Outbox", "Transmit"]
 
 
 class Transmit(Struct, frozen=True):
@@ -48,7 +49,25 @@ class Hangup(Struct, frozen=True):
     conn: int
 
 
-Effect = Transmit | Do | Changed | Hangup
+class BreakerMoved(Struct, frozen=True):
+    """The breaker of a transport to a peer has changed.
+
+    Attributes:
+        state: "open", "half-open" or "closed".
+        cause: Why it opened last.
+        wait_s: How long it stays open.
+        again: It has opened from half-open.
+    """
+
+    conn: int
+    transport: str
+    state: str
+    cause: str
+    wait_s: float = 0.0
+    again: bool = False
+
+
+Effect = Transmit | Do | Changed | BreakerMoved | Hangup
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -16,7 +17,7 @@ from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.arguments import grant_size, plain_integer
 from kvpoll_fsm.blocks import BlockLoad
-from kvpoll_fsm.config import Config
+from kvpoll_fsm.configuration import settle
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.driver import Driver
 from kvpoll_fsm.engine import Engine, Question, ThreadEngine
@@ -24,10 +25,12 @@ from kvpoll_fsm.errors import DuplicateRoom, EndpointClosed, ForkedError, Invali
 from kvpoll_fsm.handles import Receiver, Room, Sender
 from kvpoll_fsm.isolation import new_engine
 from kvpoll_fsm.limits import Limits
+from kvpoll_fsm.local.places import new_socket
 from kvpoll_fsm.messages import MAX_RANKS, MAX_ROOM
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.security import check_peer
 from kvpoll_fsm.selection import Policy
+from kvpoll_fsm.switching import TransportStatus, read_share
 from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
@@ -46,55 +49,67 @@ class Endpoint:
         self,
         *,
         pool: BlockPool,
-        transports: str = "prefer:shm,tcp",
-        listen: str = "tcp://127.0.0.1:0",
+        transports: str | None = None,
+        standby: Iterable[str] | None = None,
+        listen: str | None = None,
         advertise: str | None = None,
         deadlines: Deadlines | None = None,
-        checksum: bool | str = "auto",
-        arrays: str = "auto",
-        isolation: str = "auto",
-        mover_nice: int = 0,
+        checksum: bool | str | None = None,
+        arrays: str | None = None,
+        isolation: str | None = None,
+        mover_nice: int | None = None,
         mover_cpus: Iterable[int] | None = None,
         transport_options: Mapping[str, Mapping[str, Any]] | None = None,
-        workers: int = 2,
+        workers: int | None = None,
         keys: str | Path | None = None,
         authorized: str | Path | None = None,
-        insecure: bool = False,
+        insecure: bool | None = None,
         trace: str | Path | None = None,
         limits: Limits | None = None,
+        control_socket: str | Path | None = None,
+        config: str | Path | None = None,
     ) -> None:
         """Store the settings; nothing is opened before `start()`.
 
+        What is None here is taken from the file `config`, else from the environment variable `KVPOLL_` and the
+        setting's name, else from the default that stands in brackets.
+
         Args:
             pool: Blocks to receive into and to stage from.
-            transports: `require:x` (or `x`) or `prefer:a,b`: which may carry parts, best first.
-            listen: Control address, `tcp://host:port`; port 0 takes any free one.
+            transports: `require:x` (or `x`) or `prefer:a,b`: which may carry parts, best first ("prefer:shm,tcp").
+            standby: Further transports to load and offer to peers, which no policy uses before `switch_transport`
+                names them (none).
+            listen: Control address, `tcp://host:port`; port 0 takes any free one ("tcp://127.0.0.1:0").
             advertise: The control address peers are told, if it differs.
-            deadlines: How long rooms may wait at each gate.
-            checksum: "auto" (on unless the transport detects flipped bits itself), True or False.
-            arrays: What results are made of: "auto" (torch if imported), "numpy", "torch".
+            deadlines: How long rooms may wait at each gate (`Deadlines()`).
+            checksum: "auto" (on unless the transport detects flipped bits itself), True or False ("auto").
+            arrays: What results are made of: "auto" (torch if imported), "numpy", "torch" ("auto").
             isolation: Where the driver and the transports run: "process" (a process of their own, the mover, so that
                 a busy engine does not slow them down), "thread" (of this process), or "auto": a process, unless the
-                engine owns the memory or something cannot be given to another process.
-            mover_nice: How far the mover stands back behind other processes, 0 to 19.
-            mover_cpus: Processors the mover may use; None leaves it all.
+                engine owns the memory or something cannot be given to another process ("auto").
+            mover_nice: How far the mover stands back behind other processes, 0 to 19 (0).
+            mover_cpus: Processors the mover may use (all).
             transport_options: Keyword settings by transport name.
-            workers: Threads that copy and hash.
+            workers: Threads that copy and hash (2).
             keys: This endpoint's NAME.key_secret (`kvpoll keygen`): the control plane is then encrypted, and
                 peers without a trusted key are refused.
             authorized: Folder of the NAME.key files of trusted peers; goes with `keys`.
-            insecure: Listen beyond this machine without keys all the same.
+            insecure: Listen beyond this machine without keys all the same (False).
             trace: Append the whole trace to this file (`kvpoll check-trace` reads it).
-            limits: How much peers may take of the endpoint.
+            limits: How much peers may take of the endpoint (`Limits()`).
+            control_socket: Where `kvpoll switch` and `kvpoll report` reach the endpoint: a path, or "auto" for one
+                in this user's own folder (nowhere).
+            config: A TOML file of settings; else the environment variable KVPOLL_CONFIG names one (none).
 
         Raises:
             InvalidInput: A setting that cannot work; names it and what it may be.
+            ConfigError: The same, of the file or the environment; names the place, too.
         """
-        settings = {name: value for name, value in locals().items() if name not in ("self", "pool")}
+        given = {name: value for name, value in locals().items() if name not in ("self", "pool", "config")}
         if not isinstance(pool, BlockPool):
             raise InvalidInput(f"pool={pool!r}: give a BlockPool(layout, blocks=...)")
         self.pool = pool
-        self.config = Config.of(**settings)
+        self.config = settle(given, config)
         self._open: dict[tuple[str, int, int], Room] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._draining = False
@@ -112,6 +127,8 @@ class Endpoint:
         """
         if self._engine is not None:
             raise InvalidInput("the endpoint has been started before; make a new one")
+        if self.config.control_socket == "auto":
+            self.config = replace(self.config, control_socket=new_socket())
         engine = new_engine(self.pool, self.config)
         self._address = engine.start()
         self._engine = engine
@@ -142,6 +159,11 @@ class Endpoint:
         if self._address is None:
             raise EndpointClosed("not started: use `with Endpoint(...)` or call start()")
         return self._address
+
+    @property
+    def control_socket(self) -> Path | None:
+        """Where `kvpoll switch` and `kvpoll report` reach this endpoint while it runs, or None."""
+        return None if self.config.control_socket is None else Path(self.config.control_socket)
 
     @property
     def engine(self) -> Engine:
@@ -183,7 +205,7 @@ class Endpoint:
             room: 0 to 2**63 - 1, agreed on with the receivers.
             required_ranks: Receiver ranks there must be, or None to take it from their messages.
             tag: The host's own name for the room, for logs.
-            transports: A policy for this room instead of the endpoint's.
+            transports: A policy for this room instead of the endpoint's, whatever that is switched to.
 
         Raises:
             DuplicateRoom: It is open here and was not cleared; the open one is not affected.
@@ -193,7 +215,7 @@ class Endpoint:
         if required_ranks is not None:
             required_ranks = plain_integer("required_ranks", required_ranks, 1, MAX_RANKS)
         engine = self.engine
-        policy = self.config.policy if transports is None else Policy.parse(transports)
+        policy = None if transports is None else Policy.parse(transports)
         handle = Sender(self, engine, engine.view(room, 0, tag))
         self._enter(handle)
         engine.open_sender(handle.view, required_ranks, policy)
@@ -304,6 +326,40 @@ class Endpoint:
         The log has the first of each, with what is known of the peer.
         """
         counts: dict[str, dict[str, int]] = self._ask("refused")
+        return counts
+
+    def transports(self) -> TransportStatus:
+        """How rooms are carried that are opened from now on: the policy, the canary, and which transports work."""
+        status: TransportStatus = self._ask("transports")
+        return status
+
+    def switch_transport(self, policy: str, canary: float | None = None) -> TransportStatus:
+        """Give rooms that are opened from now on other transports; those that are open end as they began.
+
+        It concerns rooms that this endpoint sends, for the sender picks. Rooms with `transports=` of their own keep
+        to that. `kvpoll switch` does the same from outside (setting `control_socket`).
+
+        Args:
+            policy: As `transports` of the endpoint. All it names must be loaded: named by the endpoint's
+                `transports`, or on `standby`.
+            canary: Only for this share of the rooms, above 0 and below 1, by a hash of their numbers that is the same
+                on every endpoint; the others keep the present policy. A later switch without it is for all rooms.
+
+        Returns:
+            What holds now.
+
+        Raises:
+            PolicyError: The policy cannot be read.
+            TransportUnavailable: A transport of it is not loaded, or does not work; says how to have it.
+            InvalidInput: `canary` is no share.
+        """
+        engine = self.engine
+        engine.sign.seen = True
+        return engine.switch(Policy.parse(policy), read_share(canary))
+
+    def report(self) -> dict[str, Any]:
+        """How rooms have fared by transport since the start, as `kvpoll report --json` prints it."""
+        counts: dict[str, Any] = self._ask("report")
         return counts
 
     def trace(self) -> list[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
@@ -17,14 +17,17 @@ from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sources import EngineBlocks, RoomSource
 from kvpoll_fsm.status import Places, Sign, StatusTable
+from kvpoll_fsm.switching import TransportStatus
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["CALL_S", "Engine", "Question", "ThreadEngine"]
 
+T = TypeVar("T")
+
 CALL_S = 30.0
 """Longest wait for the driver's answer to a question such as `load()`."""
 
-Question = Literal["load", "is_idle", "dump", "refused", "trace"]
+Question = Literal["load", "is_idle", "dump", "refused", "trace", "transports", "report"]
 
 
 class Engine(Protocol):
@@ -61,8 +64,8 @@ class Engine(Protocol):
         """What the host will see of a room that it is about to open."""
         ...
 
-    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
-        """Open the sender's side of a room."""
+    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy | None) -> None:
+        """Open the sender's side of a room; without a policy of its own it has the endpoint's."""
         ...
 
     def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
@@ -101,6 +104,10 @@ class Engine(Protocol):
         """What `Requests` answers to the method of that name. Raises EndpointClosed if nobody answers."""
         ...
 
+    def switch(self, policy: Policy, share: float | None) -> TransportStatus:
+        """Give new rooms another policy, or a share of them. Raises why it cannot be done."""
+        ...
+
 
 class ThreadEngine:
     """The driver in a thread of this process: for memory that the engine owns, and for tests."""
@@ -134,12 +141,13 @@ class ThreadEngine:
         """The thread has not come along."""
         self.forked = True
         self._table.after_fork()
+        self.driver.after_fork()
 
     def view(self, room: int, rank: int, tag: str) -> RoomView:
         """Written by the driver's thread."""
         return RoomView(self._table, self._places, room, rank, tag)
 
-    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
+    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy | None) -> None:
         """Soon."""
         requests = self.driver.requests
         self.driver.post(lambda: requests.open_sender(view, required_ranks, policy))
@@ -185,6 +193,10 @@ class ThreadEngine:
         """Answered on the driver's thread."""
         return self._call(getattr(self.driver.requests, question))
 
-    def _call(self, function: Callable[[], Any]) -> Any:
-        future: Future[Any] = self.driver.call(function)
+    def switch(self, policy: Policy, share: float | None) -> TransportStatus:
+        """At once."""
+        return self._call(lambda: self.driver.requests.switch(policy, share))
+
+    def _call(self, function: Callable[[], T]) -> T:
+        future: Future[T] = self.driver.call(function)
         return future.result(CALL_S)

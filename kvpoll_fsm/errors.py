@@ -11,6 +11,7 @@ KvpollError
 │   │   └── RequestTooLarge   more tokens or blocks than there can ever be
 │   ├── AddressError          an address nobody could reach
 │   ├── PolicyError           a transport policy that cannot be read
+│   ├── ConfigError           a setting in a file or a variable that cannot be used
 │   └── DuplicateRoom         the room is open already on this endpoint
 ├── UnknownRoom               the room is not open here: never opened, or cleared
 ├── TransportUnavailable      unknown, not installed, or unusable here
@@ -38,6 +39,7 @@ __all__ = [
     "AddressError",
     "BlockError",
     "ChannelOverflow",
+    "ConfigError",
     "DoubleFree",
     "DuplicateRoom",
     "EndpointClosed",
@@ -240,6 +242,18 @@ class PolicyError(InvalidInput):
         self.policy = policy
         self.problem = problem
         super().__init__(f"transport policy {policy!r}: {problem}; write 'tcp', 'require:tcp' or 'prefer:shm,tcp'")
+
+
+class ConfigError(InvalidInput):
+    """A setting that a file or an environment variable gives, and that cannot be used."""
+
+    def __init__(self, source: str, key: str, value: object, problem: str) -> None:
+        self.source = source
+        self.key = key
+        self.value = value
+        self.problem = problem
+        given = f"{key} = {value!r}: " if key else ""
+        super().__init__(f"{source}: {given}{problem}")
 
 
 class DuplicateRoom(InvalidInput):

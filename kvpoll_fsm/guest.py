@@ -6,6 +6,7 @@ from typing import Protocol
 
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.staging import Destination
+from kvpoll_fsm.switching import Choice
 
 __all__ = ["Guest"]
 
@@ -23,6 +24,10 @@ class Guest(Protocol):
 
     def end_turn(self) -> None:
         """The effects of this turn have been carried out."""
+        ...
+
+    def switched(self, choice: Choice) -> None:
+        """New rooms have other transports from now on."""
         ...
 
     def destination(self, layout: Layout, total_tokens: int) -> Destination:

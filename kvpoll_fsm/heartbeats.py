@@ -47,7 +47,7 @@ class Heartbeats:
         if session.binds(connection.number, beat.rank, beat.receiver_generation):
             if session.gate is Gate.waiting_blocks:  # perhaps the sender was not there yet when it was said
                 connection.news.add(key)
-            said = (beat.bytes_done, beat.host_alive, beat.working)
+            said = (beat.bytes_done, beat.host_alive, beat.working, beat.tries)
             self._out.feed(key, inputs.BeatReceived(beat.rank, Gate(beat.gate), *said))
 
     def tick(self, host_alive: bool, working: Collection[RoomKey]) -> Iterator[tuple[int, str]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, Verify
@@ -24,6 +25,29 @@ __all__ = ["Incoming"]
 
 log = logging.getLogger("kvpoll_fsm")
 Problem = tuple[FailureCode, str]
+
+
+@dataclass
+class _Exposed:
+    """Blocks of one part that admit writes.
+
+    Attributes:
+        tokens: By transport.
+        over: The part is given up: no token is made for it any more.
+    """
+
+    lease: LeaseId
+    ranges: list[Range]
+    tokens: dict[str, bytes]
+    over: bool = False
+
+
+class _Place(NamedTuple):
+    """What a transport is asked to fence: a part, on this transport alone, or on all ("")."""
+
+    key: RoomKey
+    part: int
+    transport: str = ""
 
 
 class Incoming:
@@ -54,19 +78,18 @@ class Incoming:
         self._feed = feed
         self._give_up = give_up
         self._new_destination = new_destination
-        self._tokens: dict[tuple[RoomKey, int], dict[str, bytes]] = {}
-        self._fences: dict[tuple[str, int], tuple[RoomKey, int]] = {}
+        self._exposed: dict[tuple[RoomKey, int], _Exposed] = {}
+        self._fences: dict[tuple[str, int], _Place] = {}
         self._destinations: dict[RoomKey, Destination] = {}
 
     def expose(self, key: RoomKey, command: Expose) -> None:
         """Admit writes to the blocks on every transport and feed the grant."""
         lease = LeaseId(key.side, key.room, key.rank, key.generation, command.part)
-        ranges = self._ranges(command.blocks, first=command.part == 0)
-        tokens: dict[str, bytes] = {}
-        self._tokens[key, command.part] = tokens
+        exposed = _Exposed(lease, self._ranges(command.blocks, first=command.part == 0), {})
+        self._exposed[key, command.part] = exposed
         try:
             for name, transport in list(self._transports.items()):
-                tokens[name] = transport.grant(lease, ranges)
+                exposed.tokens[name] = transport.grant(lease, exposed.ranges)
         except Exception as error:  # a transport's own code may raise anything
             self.release(key, command.part)
             detail = f"grant: {error if isinstance(error, KvpollError) else repr(error)}"
@@ -74,43 +97,44 @@ class Incoming:
             self._feed(key, GrantRefused(command.part, failure))
             return
         capacity = len(command.blocks) * self._pool.layout.block_tokens
-        self._feed(key, Granted(command.part, command.blocks, capacity, tuple(tokens.items())))
+        self._feed(key, Granted(command.part, command.blocks, capacity, tuple(exposed.tokens.items())))
 
     def release(self, key: RoomKey, part: int) -> None:
         """The lease of a part is over: its tokens admit nothing any more."""
-        self._revoke(self._tokens.pop((key, part), {}))
+        exposed = self._exposed.pop((key, part), None)
+        if exposed is not None:
+            self._revoke(exposed.tokens)
 
     def fence(self, key: RoomKey, command: Fence) -> None:
-        """Fence the part on every transport it was offered on.
+        """Fence the part on every transport it was offered on, or on the one that is named.
 
         Without force nothing is done that would hurt other rooms: the tokens die, and the blocks wait in
         quarantine for the writer's word.
         """
-        tokens = self._tokens.get((key, command.part), {})
-        costly = any(self._transports[name].capabilities.fence is FenceKind.process for name in tokens)
-        if costly and not command.force:
-            return self._revoke(tokens)
-        place = (key, command.part)
-        for earlier in [fence for fence, other in self._fences.items() if other == place]:
-            del self._fences[earlier]  # asked anew, answered once
+        place = _Place(key, command.part, command.transport)
+        exposed = self._exposed.get((key, command.part))
+        tokens = {} if exposed is None else exposed.tokens
+        if exposed is not None and not command.transport:
+            exposed.over = True
+            if not command.force and self._is_costly(tokens):
+                return self._revoke(tokens)
+        under_way = self._take_over(place)
         for name, token in list(tokens.items()):
-            try:
-                self._fences[name, self._transports[name].fence(token)] = place
-            except Exception as error:  # closing it is the one fence that is left
-                self._give_up(name, error)
-        if not tokens:
-            self._feed(key, Fenced(command.part))
+            if name not in under_way and command.transport in ("", name):
+                self._fence(place, name, token)
+        if place not in self._fences.values() and not (tokens if place.transport == "" else place.transport in tokens):
+            self._fenced(place)
 
     def fenced(self, transport: str, fence: int) -> None:
-        """One transport has fenced; the part is once all have."""
+        """One transport has fenced; the part is once all have that were asked."""
         place = self._fences.pop((transport, fence), None)
         if place is not None and place not in self._fences.values():
-            self._feed(place[0], Fenced(place[1]))
+            self._fenced(place)
 
     def lost(self, transport: str) -> None:
         """The transport has been closed: no byte lands through it any more, under whatever token."""
-        for tokens in self._tokens.values():
-            tokens.pop(transport, None)
+        for exposed in self._exposed.values():
+            exposed.tokens.pop(transport, None)
         for name, fence in [place for place in self._fences if place[0] == transport]:
             self.fenced(name, fence)
 
@@ -141,6 +165,43 @@ class Incoming:
     def forget(self, key: RoomKey) -> None:
         """The room is over."""
         self._destinations.pop(key, None)
+
+    def _is_costly(self, tokens: dict[str, bytes]) -> bool:
+        return any(self._transports[name].capabilities.fence is FenceKind.process for name in tokens)
+
+    def _take_over(self, place: _Place) -> set[str]:
+        """What was asked of the part before is asked anew and answered once; names those who are at it already."""
+        under_way = set()
+        for fence, other in list(self._fences.items()):
+            if other == place:
+                del self._fences[fence]
+            elif other[:2] == place[:2] and not place.transport:
+                self._fences[fence] = place
+                under_way.add(fence[0])
+        return under_way
+
+    def _fence(self, place: _Place, name: str, token: bytes) -> None:
+        try:
+            self._fences[name, self._transports[name].fence(token)] = place
+        except Exception as error:  # closing it is the one fence that is left
+            self._give_up(name, error)
+
+    def _fenced(self, place: _Place) -> None:
+        token = self._renewed(place) if place.transport else None
+        self._feed(place.key, Fenced(place.part, place.transport, token))
+
+    def _renewed(self, place: _Place) -> bytes | None:
+        """A new token for a part that goes on, in place of the one that was fenced."""
+        name, exposed = place.transport, self._exposed.get((place.key, place.part))
+        if exposed is None or exposed.over or name not in exposed.tokens:
+            return None
+        try:
+            exposed.tokens[name] = self._transports[name].grant(exposed.lease, exposed.ranges)
+        except Exception as error:  # this part goes on without it
+            log.warning("transport %s grants no second token: %s", name, error)
+            del exposed.tokens[name]
+            return None
+        return exposed.tokens[name]
 
     def _revoke(self, tokens: dict[str, bytes]) -> None:
         """Let the tokens admit nothing; one that might still is not left behind with a transport that works."""

@@ -26,8 +26,10 @@ __all__ = [
     "PartWritten",
     "PeerGone",
     "Preflighted",
+    "Probing",
     "Progress",
     "RankQuiesced",
+    "Reconsider",
     "ReleasePart",
     "ResumeWith",
     "RevokeGrant",
@@ -93,6 +95,7 @@ class BeatReceived(Struct, frozen=True):
     bytes_done: int
     host_alive: bool
     working: bool = False
+    tries: int = 0
 
 
 class PeerGone(Struct, frozen=True):
@@ -104,13 +107,32 @@ class PeerGone(Struct, frozen=True):
 
 
 class Preflighted(Struct, frozen=True):
-    """The answer to Preflight."""
+    """The answer to Preflight.
+
+    Attributes:
+        shut: It was not tried: the transport's breaker is open.
+    """
 
     rank: int
     conn: int
     transport: str
     ok: bool
     detail: str = ""
+    shut: bool = False
+
+
+class Reconsider(Struct, frozen=True):
+    """A transport to the peer of this connection may work again: choose anew for the next part."""
+
+    conn: int
+
+
+class Probing(Struct, frozen=True):
+    """This attempt is the one that is to show whether its transport works again."""
+
+    rank: int
+    part: int
+    attempt: int
 
 
 class Granted(Struct, frozen=True):
@@ -158,6 +180,8 @@ class PartWritten(Struct, frozen=True):
         ok: Every byte is in the destination's memory.
         quiescent: No write can land any more (always so when `ok`).
         source_free: The source is not read any more.
+        collateral: It failed through no fault of the transport's and may be tried there again.
+        shut: Nothing was written: the transport's breaker is open.
     """
 
     rank: int
@@ -169,13 +193,16 @@ class PartWritten(Struct, frozen=True):
     detail: str = ""
     checksum: bytes | None = None
     attempt: int = 0
+    collateral: bool = False
+    shut: bool = False
 
 
 class RankQuiesced(Struct, frozen=True):
-    """A write to `rank` that had ended without quiescence can land no more."""
+    """The writes to `rank` that had ended without quiescence can land no more, nor read the source."""
 
     rank: int
     part: int
+    attempt: int = 0
 
 
 class Verified(Struct, frozen=True):
@@ -197,9 +224,16 @@ class Worked(Struct, frozen=True):
 
 
 class Fenced(Struct, frozen=True):
-    """No byte lands in the blocks of `part` any more."""
+    """No byte lands in the blocks of `part` any more, or none that was written through `transport` before now.
+
+    Attributes:
+        transport: The one that the Fence named, or "".
+        token: Admits writes through that one anew; None if it is not used any more.
+    """
 
     part: int
+    transport: str = ""
+    token: bytes | None = None
 
 
 class TimerFired(Struct, frozen=True):
@@ -231,6 +265,8 @@ Input = (
     | BeatReceived
     | PeerGone
     | Preflighted
+    | Reconsider
+    | Probing
     | Granted
     | GrantQueued
     | GrantRefused

@@ -49,7 +49,7 @@ def _obstacle(pool: BlockPool, config: Config) -> str:
         return "the memory of the pool is the engine's own"
     if not pool.shareable or not hasattr(os, "pidfd_open"):
         return "this system has no memfd or no pidfd"
-    for name in config.policy.names:
+    for name in config.names:
         with contextlib.suppress(TransportUnavailable):  # told where it is needed
             if registry.load(name).capabilities.one_process:
                 return f"transport {name!r} works within one process alone"

@@ -27,6 +27,7 @@ __all__ = [
     "Beat",
     "BlockGrant",
     "Bye",
+    "FencePart",
     "FieldSpec",
     "Frame",
     "Hello",
@@ -34,6 +35,7 @@ __all__ = [
     "Opened",
     "Packet",
     "PartAck",
+    "PartFenced",
     "PartOutcome",
     "PartReport",
     "Quiesced",
@@ -121,6 +123,12 @@ class BlockGrant(msgspec.Struct, frozen=True):
             KeyError: That transport was not offered.
         """
         return dict(self.tokens_by_transport)[transport]
+
+    def with_token(self, transport: str, token: bytes | None) -> BlockGrant:
+        """The same blocks with another token for one of `transports`; without one it is not offered any more."""
+        tokens = {**dict(self.tokens_by_transport), transport: token}
+        left = tuple((name, each) for name, each in tokens.items() if each is not None)
+        return msgspec.structs.replace(self, tokens_by_transport=left)
 
 
 class _Introduction(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,6 +232,33 @@ class PartOutcome(_RoomMessage, frozen=True, tag="PartOutcome"):
     quiescent: bool = True
 
 
+class FencePart(_RoomMessage, frozen=True, tag="FencePart"):
+    """Sender: what was written of this part through one transport has failed and may land still. See that it cannot.
+
+    The blocks stay the part's, and the tokens of the other transports stay good.
+
+    Attributes:
+        attempt: Which of the sender's attempts at the part this was; the answer repeats it.
+    """
+
+    part: Part
+    transport: Name
+    attempt: Count
+
+
+class PartFenced(_RoomMessage, frozen=True, tag="PartFenced"):
+    """Receiver: nothing lands any more of what was written of this part through that transport.
+
+    Attributes:
+        token: Admits writes to the same blocks through it anew; None if that transport is not to be used any more.
+    """
+
+    part: Part
+    transport: Name
+    attempt: Count
+    token: Token | None = None
+
+
 class Withdraw(_RoomMessage, frozen=True, tag="Withdraw"):
     """Receiver: may I have the unused grant for this part back?"""
 
@@ -256,7 +291,21 @@ class Bye(msgspec.Struct, frozen=True, tag_field="kind", tag="Bye"):
     """This incarnation ends; nothing follows."""
 
 
-Message = Reserve | Resume | Opened | PartReport | PartAck | PartOutcome | Withdraw | Withdrawn | Abort | Quiesced | Bye
+Message = (
+    Reserve
+    | Resume
+    | Opened
+    | PartReport
+    | PartAck
+    | PartOutcome
+    | FencePart
+    | PartFenced
+    | Withdraw
+    | Withdrawn
+    | Abort
+    | Quiesced
+    | Bye
+)
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
@@ -268,6 +317,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
         bytes_done: Bytes of the room that have landed so far.
         host_alive: The host process has called its endpoint lately; the driver alone does not count.
         working: Staging, checking or copying for this room goes on here.
+        tries: How often its writes were given up, or begun again, in all: that keeps a room waiting, too.
     """
 
     to_sender: bool
@@ -279,6 +329,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     bytes_done: Count
     host_alive: bool
     working: bool = False
+    tries: Count = 0
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="Frame", omit_defaults=True):

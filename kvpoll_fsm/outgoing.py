@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.commands import StartPart, Target
+from kvpoll_fsm.commands import CancelWrites, StartPart, Target
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import KvpollError
 from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
@@ -58,6 +58,7 @@ class _Writing:
         tickets: In flight.
         loose: Ended, but may land still.
         reading: Ended, but may read the source still. A subset of `loose` until the peer is gone.
+        collateral: All that failed did so through no fault of the transport's.
     """
 
     key: RoomKey
@@ -69,6 +70,7 @@ class _Writing:
     loose: set[int] = field(default_factory=set)
     reading: set[int] = field(default_factory=set)
     failed: str = ""
+    collateral: bool = False
     reported: bool = False
 
 
@@ -146,13 +148,22 @@ class Outgoing:
     def cancel(self, key: RoomKey) -> None:
         """Stop what can be stopped of the room's part; its ends are reported all the same."""
         for writing in self._of(key):
-            self._give_up(writing, "cancelled")
-            place = (writing.target.conn, writing.target.transport)
-            link, lane = self._links.get(*place), self._lanes.get(place)
-            if link is not None:
-                _cancel_all(link, writing.tickets)
-            if lane is not None and writing in lane.queue:
-                self._finish(writing)  # perhaps none of its tickets is out, whose end would report it
+            self._cancel(writing, "cancelled")
+
+    def hurry(self, key: RoomKey, command: CancelWrites) -> None:
+        """Stop one attempt that takes too long, if it has not ended meanwhile; its end is reported all the same."""
+        writing = self._writings.get((key, command.rank))
+        if writing is not None and (writing.command.part, writing.command.attempt) == (command.part, command.attempt):
+            self._cancel(writing, command.why)
+
+    def _cancel(self, writing: _Writing, why: str) -> None:
+        self._give_up(writing, why)
+        place = (writing.target.conn, writing.target.transport)
+        link, lane = self._links.get(*place), self._lanes.get(place)
+        if link is not None:
+            _cancel_all(link, writing.tickets)
+        if lane is not None and writing in lane.queue:
+            self._finish(writing)  # perhaps none of its tickets is out, whose end would report it
 
     def completed(self, transport: str, completion: Done | Failed | Quiesced | TicketProgress) -> None:
         """A ticket ended, moved on, or can land no more."""
@@ -234,6 +245,8 @@ class Outgoing:
             try:
                 if not isinstance(result, _Prepared):
                     self._give_up(writing, f"staging failed: {result!r}")
+                elif target.shut:
+                    self._give_up(writing, target.shut)
                 elif not writing.failed:
                     self._plan(writing, result)
             except Exception as error:  # a grant that makes no sense ends this part, which must be reported
@@ -309,7 +322,7 @@ class Outgoing:
     def _ended(self, writing: _Writing, transport: str, end: Done | Failed) -> None:
         ticket = writing.tickets.pop(end.ticket)
         if isinstance(end, Failed):
-            self._give_up(writing, end.reason)
+            self._give_up(writing, end.reason, collateral=end.collateral)
             self._note_doubts(writing, end)
         else:
             self._advance(writing, ticket, ticket.nbytes)
@@ -341,9 +354,11 @@ class Outgoing:
         del self._by_ticket[transport, ticket]
         self._loose[writing.key].discard((transport, ticket))
         if writing.reported and not (writing.loose or writing.reading):
-            self._feed(writing.key, RankQuiesced(writing.target.rank, writing.command.part))
+            command = writing.command
+            self._feed(writing.key, RankQuiesced(writing.target.rank, command.part, command.attempt))
 
-    def _give_up(self, writing: _Writing, why: str) -> None:
+    def _give_up(self, writing: _Writing, why: str, *, collateral: bool = False) -> None:
+        writing.collateral = collateral and (writing.collateral or not writing.failed)
         writing.failed = writing.failed or why
         writing.pending.clear()
 
@@ -364,6 +379,8 @@ class Outgoing:
             detail=writing.failed,
             checksum=writing.checksum,
             attempt=command.attempt,
+            collateral=writing.collateral,
+            shut=bool(target.shut),
         )
         self._feed(writing.key, written)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.carriers import Carriers
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, Do, Effect, EndpointCore, Transmit
 from kvpoll_fsm.display import Display
+from kvpoll_fsm.effects import BreakerMoved
 from kvpoll_fsm.incoming import Incoming
+from kvpoll_fsm.metering import Meter
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.recorder import Recorder
 from kvpoll_fsm.session import RoomKey, Session
 
 __all__ = ["Performer"]
+
+log = logging.getLogger("kvpoll_fsm")
 
 
 class Performer:
@@ -29,6 +35,7 @@ class Performer:
         outgoing: Outgoing,
         display: Display,
         recorder: Recorder,
+        meter: Meter,
     ) -> None:
         """Store what is needed.
 
@@ -41,6 +48,7 @@ class Performer:
             outgoing: Lets go of senders' rooms that nothing is written for any more.
             display: Shows rooms.
             recorder: Keeps the trace.
+            meter: Counts how rooms fare.
         """
         self._core = core
         self._control = control
@@ -50,6 +58,7 @@ class Performer:
         self._outgoing = outgoing
         self._display = display
         self._recorder = recorder
+        self._meter = meter
 
     def carry_out(self) -> None:
         """Carry out effects until there are none left."""
@@ -78,6 +87,7 @@ class Performer:
 
     def _effect(self, effect: Effect) -> None:
         if isinstance(effect, Do):
+            self._meter.commanded(effect.key, effect.command)
             self._actions.do(effect.key, effect.command)
         elif isinstance(effect, Changed):
             self.show(effect.key)
@@ -86,15 +96,27 @@ class Performer:
         elif isinstance(effect, Transmit):
             self._recorder.frame("out", effect.packet)
             self._control.send(effect.conn, effect.packet)
+        elif isinstance(effect, BreakerMoved):
+            self._tell(effect)
         else:
             self._control.hang_up(effect.conn)
             self._actions.hang_up(effect.conn)
+
+    def _tell(self, moved: BreakerMoved) -> None:
+        """Log it; what repeats itself for as long as a transport does not work is for those who look for it."""
+        repeats = moved.state == "half-open" or moved.again
+        connection = self._core.connections.get(moved.conn)
+        peer = connection.peer.hex() if connection and connection.peer else ""
+        level = logging.DEBUG if repeats else logging.WARNING if moved.state == "open" else logging.INFO
+        text = "breaker %s transport=%s peer=%s wait_s=%g cause=%s"
+        log.log(level, text, moved.state, moved.transport, peer, moved.wait_s, moved.cause)
 
     def _show(self, key: RoomKey, session: Session) -> None:
         if session.quiescent:
             self._outgoing.forget(key)
             if session.state is KVPoll.Failed:
                 self._incoming.forget(key)
+        self._meter.looked(key, session)
         self._display.show(key, session)
 
     def _over(self, key: RoomKey) -> None:

@@ -7,57 +7,27 @@ wait until the part that has landed was copied out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from msgspec import Struct
 
 from kvpoll_fsm import inputs, messages
-from kvpoll_fsm.commands import CopyOut, Fence, Grant, HeldPart, Regrant, Release
+from kvpoll_fsm.commands import CopyOut, Grant, HeldPart, Regrant, Release
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.events import Resumed
 from kvpoll_fsm.ledger import Ledger
 from kvpoll_fsm.messages import BlockGrant
 from kvpoll_fsm.poll import KVPoll
+from kvpoll_fsm.receiver_options import ReceiverOptions
 from kvpoll_fsm.session import RoomKey, Session
 
-__all__ = ["ReceiverBlocks", "ReceiverOptions", "SecondGrant"]
+__all__ = ["ReceiverBlocks", "SecondGrant"]
 
-QUARANTINE_TIMER = "quarantine"
 ASKED = ("asked", "queued")
 MAKING_ROOM = (*ASKED, "draining", "copying")
-_OFFERED = ("offered", "withdrawing")
 _GATES_BEFORE_A_PART = (Gate.waiting_ranks, Gate.waiting_resume, Gate.waiting_blocks)
 """Where the sender stands while some rank has not granted yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverOptions:
-    """What a receiver's room is opened with.
-
-    Attributes:
-        conn: The connection to the sender's endpoint.
-        ranks: How many receiver ranks the room has.
-        blocks: Blocks of one grant; 0 for a dummy rank, which holds no data.
-        block_tokens: Tokens per block.
-        resume: "drain", "extend" or "manual".
-        exact: The engine's own blocks for part 0, or () to let the pool choose.
-        window: Grants the room may have out at a time: 1, or 2 with "drain".
-    """
-
-    conn: int
-    ranks: int
-    blocks: int
-    block_tokens: int
-    resume: str
-    exact: tuple[int, ...] = ()
-    window: int = 1
-
-    @property
-    def dummy(self) -> bool:
-        """The rank counts, grants nothing, acks by definition and gets every outcome."""
-        return self.blocks == 0
 
 
 class SecondGrant(Struct, frozen=True):
@@ -93,6 +63,7 @@ class ReceiverBlocks(Session):
         "_announced",
         "_behind",
         "_exact",
+        "_fencing",
         "_grant",
         "_held",
         "_job",
@@ -103,6 +74,7 @@ class ReceiverBlocks(Session):
         "_sender_alive",
         "_sender_gate",
         "_sender_generation",
+        "_tries",
         "ledger",
         "options",
         "part",
@@ -119,9 +91,11 @@ class ReceiverBlocks(Session):
         self._behind: HeldPart | None = None
         self._held: dict[int, HeldPart] = {}
         self._loose: set[int] = set()
+        self._fencing: dict[str, int] = {}
         self._sender_gate, self._sender_alive = Gate.waiting_ranks, False
         self._job = False
         self._exact = False
+        self._tries = 0
 
     @property
     def quiescent(self) -> bool:
@@ -147,11 +121,12 @@ class ReceiverBlocks(Session):
         copy._grant, copy._second, copy._behind = self._grant, self._second, self._behind
         copy._held, copy._loose, copy._sender_gate = dict(self._held), set(self._loose), self._sender_gate
         copy._job, copy._exact, copy._sender_alive = self._job, self._exact, self._sender_alive
+        copy._fencing, copy._tries = dict(self._fencing), self._tries
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
         own = (self.ledger.key(), self.part, self._phase, self._grant, self._second, self._behind)
-        held = (tuple(self._held.values()), frozenset(self._loose))
+        held = (tuple(self._held.values()), frozenset(self._loose), frozenset(self._fencing.items()))
         return (*super().key(), *own, *held, self._sender_gate, self._sender_alive, self._job, self._exact)
 
     def _ids(self) -> dict[str, int]:
@@ -168,6 +143,10 @@ class ReceiverBlocks(Session):
 
     def _take_up(self) -> None:
         """A part has landed, and no worker is busy with another of this room."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """After the end: free the blocks nothing writes to or reads from any more."""
         raise NotImplementedError
 
     # Grants
@@ -356,63 +335,3 @@ class ReceiverBlocks(Session):
         for part in list(self._held):
             del self._held[part]
             self._do(Release(part))
-
-    # The end
-
-    def _on_failed(self) -> None:
-        if self._phase in ASKED:
-            self._give_up_asking()
-        if self._second.phase == "asked":
-            self._give_up_second()
-        if self._phase in _OFFERED:
-            self._quarantine(self.part)
-        if self._second.grant is not None:  # in use, if the present part has its outcome by now
-            self._quarantine(self.part + 1)
-        self._settle()
-
-    def _quarantine(self, part: int) -> None:
-        """The sender may be writing to the blocks of this part."""
-        self._loose.add(part)
-        self._do(Fence(part, force=False))
-        self._arm(QUARANTINE_TIMER, self.deadlines.quarantine_max_s)
-
-    def _settle(self) -> None:
-        """After the end: free the blocks nothing writes to or reads from any more."""
-        if self._job:
-            return
-        if self._grant is not None and self.part not in self._loose:
-            self._grant = None
-            self._do(Release(self.part))
-        if self._second.grant is not None and self.part + 1 not in self._loose:
-            self._give_up_second()
-        if self._behind is not None:
-            self._do(Release(self._behind.part))
-            self._behind = None
-        if self.options.resume != "manual" or self._cleared:
-            self._release_held()
-
-    def _now_quiescent(self) -> None:
-        """Every write of this room has ended: by the sender's word, or by the fence."""
-        self._loose.clear()
-        self._disarm(QUARANTINE_TIMER)
-        self._settle()
-
-    def _fenced(self, event: inputs.Fenced) -> None:
-        if event.part not in self._loose:
-            return
-        self._loose.discard(event.part)
-        if not self._loose:
-            self._send(self.options.conn, messages.Quiesced(**self._ids()))
-            self._now_quiescent()
-
-    def _quiesced(self, conn: int, message: messages.Quiesced) -> None:
-        if self.state.is_terminal:
-            self._now_quiescent()
-
-    def _timer_fired(self, event: inputs.TimerFired) -> None:
-        if event.name == QUARANTINE_TIMER and self._armed.get(event.name) == event.epoch:
-            del self._armed[event.name]
-            for part in sorted(self._loose):
-                self._do(Fence(part, force=True))
-            return
-        super()._timer_fired(event)

@@ -13,7 +13,9 @@ from kvpoll_fsm.events import Bootstrapped, LifecycleEvent, PartDone
 from kvpoll_fsm.lifecycle import outcome
 from kvpoll_fsm.messages import BlockGrant
 from kvpoll_fsm.poll import KVPoll
-from kvpoll_fsm.receiver_blocks import MAKING_ROOM, ReceiverBlocks, ReceiverOptions
+from kvpoll_fsm.receiver_blocks import MAKING_ROOM, ReceiverBlocks
+from kvpoll_fsm.receiver_fences import ReceiverFences
+from kvpoll_fsm.receiver_options import ReceiverOptions
 from kvpoll_fsm.session import ROOM_TIMER, PartRecord, RoomKey, Session
 
 __all__ = ["ReceiverOptions", "ReceiverSession"]
@@ -21,8 +23,11 @@ __all__ = ["ReceiverOptions", "ReceiverSession"]
 _LANDED = ("landed", "checking", "verifying", "acked", "rejected")
 
 
-class ReceiverSession(ReceiverBlocks):
-    """One life of a room at one receiver rank; `ReceiverBlocks` says how its grants come and go."""
+class ReceiverSession(ReceiverFences):
+    """One life of a room at one receiver rank.
+
+    `ReceiverBlocks` says how its grants come and go, `ReceiverFences` how writes that may land still are kept out.
+    """
 
     __slots__ = ()
 
@@ -235,6 +240,7 @@ class ReceiverSession(ReceiverBlocks):
         record = PartRecord(self.part, held.offset, held.tokens, is_last, transport, held.blocks)
         self.parts = (*self.parts, record)
         self._report, self._grant, self._phase = None, None, "none"
+        self._fencing.clear()
         self._apply(PartDone(is_last=is_last, all_ok=True))
         self.part += 1
         if not self.options.dummy:
@@ -272,7 +278,8 @@ class ReceiverSession(ReceiverBlocks):
     # Time, messages
 
     def _beat(self, event: inputs.BeatReceived) -> None:
-        grew = event.bytes_done > self.bytes_done
+        grew = event.bytes_done > self.bytes_done or event.tries > self._tries
+        self._tries = max(self._tries, event.tries)
         self.bytes_done = max(self.bytes_done, event.bytes_done)
         kept = self._kept_waiting(self.gate)
         self._sender_gate, self._sender_alive = event.gate, event.host_alive
@@ -343,7 +350,7 @@ class ReceiverSession(ReceiverBlocks):
         inputs.AbortRoom: Session._abort,
         inputs.ClearRoom: _clear,
         inputs.Crashed: Session._crashed,
-        inputs.TimerFired: ReceiverBlocks._timer_fired,
+        inputs.TimerFired: ReceiverFences._timer_fired,
         inputs.MessageReceived: _message,
         inputs.BeatReceived: _beat,
         inputs.PeerGone: _peer_gone,
@@ -352,7 +359,7 @@ class ReceiverSession(ReceiverBlocks):
         inputs.GrantRefused: ReceiverBlocks._refused,
         inputs.Verified: _verified,
         inputs.CopiedOut: _copied,
-        inputs.Fenced: ReceiverBlocks._fenced,
+        inputs.Fenced: ReceiverFences._fenced,
         inputs.Worked: Session._worked,
     }
     _message_handlers: ClassVar = {
@@ -360,6 +367,7 @@ class ReceiverSession(ReceiverBlocks):
         messages.PartReport: _reported,
         messages.PartOutcome: _outcome,
         messages.Withdrawn: ReceiverBlocks._withdrawn,
+        messages.FencePart: ReceiverFences._fence_part,
         messages.Abort: _on_abort,
-        messages.Quiesced: ReceiverBlocks._quiesced,
+        messages.Quiesced: ReceiverFences._quiesced,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.switching import Choice, TransportStatus
 from kvpoll_fsm.trace import Record
 from kvpoll_fsm.view import RoomView
 
 if TYPE_CHECKING:
     from kvpoll_fsm.driver import Driver
+    from kvpoll_fsm.guest import Guest
     from kvpoll_fsm.sources import RoomSource
 
 __all__ = ["ReceiverOrder", "Requests"]
 
+log = logging.getLogger("kvpoll_fsm")
 _sender_options = lru_cache(maxsize=64)(SenderOptions)
 """Rooms that are opened alike share what they are opened with."""
 
@@ -53,18 +57,26 @@ class ReceiverOrder:
 class Requests:
     """Used by the driver's thread alone. A room that is not open any more takes what is asked of it to no effect."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, guest: Guest | None) -> None:
+        """Store what is needed; nothing is asked before the driver runs.
+
+        Args:
+            driver: Of whom it is asked.
+            guest: Is told what concerns whoever starts another driver in the place of this one.
+        """
         self._driver = driver
+        self._guest = guest
+        self._choice = Choice(driver.config.policy, *(driver.config.canary or ()))
 
     # Rooms
 
-    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
+    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy | None) -> None:
         """Open the sender's side of a room; one that cannot be opened ends Failed."""
         view.side = "sender"
         driver, pool = self._driver, self._driver.pool
         limit = pool.capacity_tokens if pool.managed else 0
         names, size = tuple(driver.transports), pool.layout.block_tokens
-        options = _sender_options(required_ranks, policy, names, size, limit)
+        options = _sender_options(required_ranks, policy or self._choice.of(view.room), names, size, limit)
         self._open(view, lambda: driver.core.open_sender(view.room, options))
 
     def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
@@ -86,6 +98,7 @@ class Requests:
             return
         if key in driver.core.sessions:
             driver.outgoing.sources[key] = source
+            driver.meter.supplied(key)
         driver.core.feed(key, supplied)
 
     def resume(self, view: RoomView, blocks: tuple[int, ...]) -> None:
@@ -130,6 +143,36 @@ class Requests:
     def refused(self) -> dict[str, dict[str, int]]:
         """How often something was refused, by plane and reason."""
         return self._driver.refused()
+
+    def transports(self) -> TransportStatus:
+        """How rooms are carried that are opened from now on."""
+        choice, carriers = self._choice, self._driver.carriers
+        canary = None if choice.canary is None else str(choice.canary)
+        return TransportStatus(
+            str(choice.policy), canary, choice.share, tuple(sorted(carriers.live)), dict(carriers.left_out)
+        )
+
+    def report(self) -> dict[str, Any]:
+        """How rooms have fared by transport; `Endpoint.report` says more."""
+        return self._driver.meter.report()
+
+    @property
+    def address(self) -> str:
+        """The endpoint's."""
+        return str(self._driver.address)
+
+    def switch(self, policy: Policy, share: float | None) -> TransportStatus:
+        """Give new rooms another policy, or that share of them; those that are open go on as they are.
+
+        Raises:
+            TransportUnavailable: One that the policy names is not loaded, or does not work.
+        """
+        self._driver.carriers.require(policy)
+        before, self._choice = self._choice, self._choice.switched(policy, share)
+        log.info("transports switched endpoint=%s from=%s to=%s", self._driver.address, before, self._choice)
+        if self._guest is not None:
+            self._guest.switched(self._choice)
+        return self.transports()
 
     def trace(self) -> list[Record]:
         """The newest records of the trace."""

@@ -49,6 +49,7 @@ class SenderRanks(Session):
         ledger: Tokens committed on every rank.
         ready_tokens: How far the host has data.
         part: Number of the part that is next or under way.
+        tries: How often an attempt at a part was given up, or begun again.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class SenderRanks(Session):
         "required",
         "slots",
         "staged",
+        "tries",
     )
 
     def __init__(self, room_key: RoomKey, deadlines: Deadlines, options: SenderOptions) -> None:
@@ -73,7 +75,7 @@ class SenderRanks(Session):
         self.ledger = Ledger()
         self.ready_tokens = 0
         self.staged = False
-        self.part = 0
+        self.part = self.tries = 0
         self._tokens = 0
         self._phase = "idle"
         self._turned_away = ""
@@ -101,6 +103,7 @@ class SenderRanks(Session):
                     bytes_done=self.bytes_done,
                     host_alive=host_alive,
                     working=working,
+                    tries=self.tries,
                 )
 
     def admits(self, conn: int, reserve: messages.Reserve) -> bool:
@@ -124,7 +127,7 @@ class SenderRanks(Session):
         raise NotImplementedError
 
     def _reissue(self, rank: int, slot: RankSlot) -> None:
-        """The same range and part number again, on the next transport; the first writer is quiescent."""
+        """The same range and part number again; nothing of the attempt before can land any more."""
         raise NotImplementedError
 
     def _report(
@@ -208,16 +211,15 @@ class SenderRanks(Session):
             return self._violation(rank, f"a grant for part {grant.part} while part {self.part} is next")
         slot.grant, slot.waits_for_blocks = grant, False
         offered = self.options.policy.candidates(self.options.transports, grant.transports)
-        if slot.reachable and slot.transports[0] in offered:
+        if slot.reachable and not slot.stale and slot.transports[0] in offered:
             slot.transports = tuple(name for name in slot.transports if name in offered)
             return
-        slot.transports, slot.reachable = offered, False
-        slot.passed_over = self.options.policy.missing(self.options.transports, grant.transports)
+        slot.choose(offered, self.options.policy.missing(self.options.transports, grant.transports))
         self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
 
     def _preflight(self, rank: int, slot: RankSlot, why_none: str) -> None:
-        if slot.transports:
-            self._do(Preflight(rank, slot.conn, slot.transports[0]))
+        if slot.resort():
+            self._do(Preflight(rank, slot.conn, slot.transports[0], slot.insist))
             return
         ours = f"policy {self.options.policy}, here: {', '.join(self.options.transports)}"
         detail = f"no common transport works: {ours}; {why_none}"
@@ -230,8 +232,8 @@ class SenderRanks(Session):
             return
         if not event.ok:
             detail = f"{event.transport} to rank {event.rank}: {event.detail}"
-            slot.transports, slot.passed_over = slot.transports[1:], (*slot.passed_over, detail)
-            if slot.transports or self._phase != "moving":
+            (slot.put_off if event.shut else slot.drop)(event.transport, detail)
+            if slot.resort() or self._phase != "moving":
                 return self._preflight(event.rank, slot, detail)
             failure = self._cause(FailureCode.TransportFailed, "; ".join(slot.passed_over), event.rank)
             return self._report(event.rank, slot, event.transport, None, failure)
@@ -240,6 +242,11 @@ class SenderRanks(Session):
             self._reissue(event.rank, slot)
         self._try_bootstrap()
         self._try_resume()
+
+    def _reconsider(self, event: inputs.Reconsider) -> None:
+        for slot in self.slots.values():
+            if slot.conn == event.conn and len(self.options.policy.names) > 1:
+                slot.stale = True
 
     def _try_bootstrap(self) -> None:
         if self.state is not KVPoll.Bootstrapping or self.required != len(self.slots) or not self._all_granted():

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvpoll_fsm import inputs, messages
-from kvpoll_fsm.commands import CancelPart, Grant, Release, StartPart, Target
+from kvpoll_fsm.commands import CancelPart, Grant, Release
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.events import LifecycleEvent, PartDone
 from kvpoll_fsm.ledger import is_last_part, part_tokens
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.rank_slot import RankSlot
+from kvpoll_fsm.sender_attempts import SenderAttempts
 from kvpoll_fsm.sender_ranks import SenderOptions, SenderRanks
 from kvpoll_fsm.session import GATE_TIMER, ROOM_TIMER, PartRecord, Session
 
@@ -25,8 +26,11 @@ _GATES_OF_RANKS = (Gate.waiting_ranks, Gate.waiting_resume)
 """Where the room waits for what its receivers do."""
 
 
-class SenderSession(SenderRanks):
-    """One life of a room at its sender; `SenderRanks` says how its receivers come and grant."""
+class SenderSession(SenderAttempts):
+    """One life of a room at its sender.
+
+    `SenderRanks` says how its receivers come and grant, `SenderAttempts` what follows on a write that failed.
+    """
 
     __slots__ = ()
 
@@ -62,7 +66,7 @@ class SenderSession(SenderRanks):
         copy = SenderSession(self.room_key, self.deadlines, self.options)
         self._copy_base(copy)
         copy.required, copy.ready_tokens, copy.staged = self.required, self.ready_tokens, self.staged
-        copy._turned_away = self._turned_away
+        copy._turned_away, copy.tries = self._turned_away, self.tries
         copy.slots = {rank: replace(slot) for rank, slot in self.slots.items()}
         copy.ledger = self.ledger.clone()
         copy.part, copy._tokens, copy._phase, copy._blocks = self.part, self._tokens, self._phase, self._blocks
@@ -121,57 +125,14 @@ class SenderSession(SenderRanks):
         self._phase, self._blocks = "moving", blocks
         live = {rank: slot for rank, slot in self.slots.items() if not slot.dummy}
         for slot in live.values():
-            slot.writing, slot.attempt = True, 0
+            slot.begin()
         self._issue(tuple(self._target(rank, slot) for rank, slot in live.items()), attempt=0)
-
-    def _issue(self, targets: tuple[Target, ...], attempt: int) -> None:
-        offset = self.ledger.covered_tokens
-        self._do(StartPart(self.part, offset, self._tokens, self._blocks, targets, attempt))
-
-    def _target(self, rank: int, slot: RankSlot) -> Target:
-        if slot.grant is None:
-            raise AssertionError("a part starts only with every rank's grant")
-        return Target(rank, slot.conn, slot.transports[0], slot.grant)
-
-    def _reissue(self, rank: int, slot: RankSlot) -> None:
-        """The same range and part number again, on the next transport; the first writer is quiescent."""
-        slot.writing, slot.attempt = True, slot.attempt + 1
-        self._issue((self._target(rank, slot),), slot.attempt)
 
     def _progress(self, event: inputs.Progress) -> None:
         if event.bytes_done > self.bytes_done:
             self.bytes_done, self.news = event.bytes_done, True
             if self.gate is Gate.moving:
                 self._regate(renew=True)
-
-    def _written(self, event: inputs.PartWritten) -> None:
-        slot = self.slots.get(event.rank)
-        if slot is None or not slot.writing or (event.part, event.attempt) != (self.part, slot.attempt):
-            return
-        slot.writing, slot.reading = False, not (event.ok or event.source_free)
-        slot.landing = not (event.ok or event.quiescent or slot.closed)
-        if self.state.is_terminal:
-            return self._settle()
-        if event.ok:
-            return self._report(event.rank, slot, event.transport, event.checksum, None)
-        slot.transports, slot.reachable = slot.transports[1:], False
-        detail = f"{event.transport} to rank {event.rank}: {event.detail}"
-        slot.passed_over = (*slot.passed_over, detail)
-        if not slot.transports:
-            failure = self._cause(FailureCode.TransportFailed, "; ".join(slot.passed_over), event.rank)
-            return self._report(event.rank, slot, event.transport, event.checksum, failure)
-        if not (slot.landing or slot.reading):
-            self._preflight(event.rank, slot, detail)
-
-    def _rank_quiesced(self, event: inputs.RankQuiesced) -> None:
-        slot = self.slots.get(event.rank)
-        if slot is None or not (slot.landing or slot.reading):
-            return
-        slot.landing = slot.reading = False
-        if self.state.is_terminal:
-            self._settle()
-        elif not (slot.reachable or slot.reported):
-            self._preflight(event.rank, slot, "the transport before it failed")
 
     def _report(
         self, rank: int, slot: RankSlot, transport: str, checksum: bytes | None, failure: Failure | None
@@ -332,7 +293,7 @@ class SenderSession(SenderRanks):
     def _gate_expired(self, event: inputs.TimerFired) -> None:
         if self.gate is Gate.queued and event.host_alive:
             self._arm(GATE_TIMER, self.deadlines.input_s)
-        else:
+        elif self.gate is not Gate.moving or not self._hurry():
             super()._gate_expired(event)
 
     def awaited(self) -> str:
@@ -362,7 +323,7 @@ class SenderSession(SenderRanks):
         if handler is None or isinstance(message, messages.Bye):
             return
         bound = self.binds(event.conn, message.rank, message.receiver_generation)
-        over = self.state.is_terminal and not isinstance(message, messages.Quiesced)
+        over = self.state.is_terminal and not isinstance(message, (messages.Quiesced, messages.PartFenced))
         if over or not (bound or isinstance(message, messages.Reserve)):
             return
         handler(self, event.conn, message)
@@ -378,11 +339,13 @@ class SenderSession(SenderRanks):
         inputs.BeatReceived: _beat,
         inputs.PeerGone: _peer_gone,
         inputs.Preflighted: SenderRanks._preflighted,
+        inputs.Reconsider: SenderRanks._reconsider,
+        inputs.Probing: SenderAttempts._probing,
         inputs.Granted: _granted,
         inputs.GrantRefused: _refused,
         inputs.Progress: _progress,
-        inputs.PartWritten: _written,
-        inputs.RankQuiesced: _rank_quiesced,
+        inputs.PartWritten: SenderAttempts._written,
+        inputs.RankQuiesced: SenderAttempts._rank_quiesced,
         inputs.Worked: Session._worked,
     }
     _message_handlers: ClassVar = {
@@ -390,6 +353,7 @@ class SenderSession(SenderRanks):
         messages.Resume: SenderRanks._resume,
         messages.Withdraw: SenderRanks._withdraw,
         messages.PartAck: _ack,
+        messages.PartFenced: SenderAttempts._part_fenced,
         messages.Abort: _aborted,
         messages.Quiesced: _fenced_there,
     }

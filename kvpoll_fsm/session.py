@@ -268,13 +268,18 @@ class Session:
             self._disarm(GATE_TIMER)
             self._disarm(ROOM_TIMER)
             return
-        mark = (self.state, gate, len(self.parts))
+        seconds = self._patience_s(gate)
+        mark = (self.state, gate, len(self.parts), seconds)
         if renew or mark != self._gate_mark:
             self._gate_mark = mark
-            self._arm(GATE_TIMER, self.deadlines.of(self.state, gate))
+            self._arm(GATE_TIMER, seconds)
         told = self._told_gate(gate)
         if told is not self._told:
             self._told, self.news = told, True
+
+    def _patience_s(self, gate: Gate) -> float:
+        """How long the room waits at this gate before it does something about it."""
+        return self.deadlines.of(self.state, gate)
 
     def _worked(self, event: Worked) -> None:
         """A part is staged, checked or copied, or waits for its turn behind others: that is no standstill."""

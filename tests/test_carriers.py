@@ -72,7 +72,7 @@ class Bench:
         self.carriers = Carriers(cast("dict[str, Transport]", self.transports), cast("Control", self.control))
 
     def start(self) -> Any:
-        offers = self.carriers.start(POOL)
+        offers = self.carriers.start(POOL, tuple(self.transports))
         self.carriers.watch(lambda name, why: self.lost.append((name, why, self.transports[name].closed)))
         return offers
 

@@ -84,7 +84,7 @@ def test_tcp_listens_where_the_control_plane_does_unless_told_otherwise() -> Non
         ({"transports": "require:tcp,memory"}, PolicyError, "exactly one"),
         ({"transports": "prefer:tcp,tcp"}, PolicyError, "twice"),
         ({"transports": ""}, PolicyError, "names no transport"),
-        ({"transports": None}, PolicyError, "not a string"),
+        ({"transports": 5}, PolicyError, "not a string"),
         ({"deadlines": {"stall_s": 1}}, InvalidInput, "deadlines="),
         ({"keys": "me.key_secret"}, InvalidInput, "go together"),
     ],

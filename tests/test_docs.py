@@ -24,6 +24,7 @@ import pytest
 
 import kvpoll_fsm
 from kvpoll_fsm import Deadlines, FailureCode, KVPoll, Limits, errors, tables
+from kvpoll_fsm.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -283,10 +284,11 @@ def test_every_setting_of_an_endpoint_is_documented_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", section("Endpoint"), re.MULTILINE))
     parameters = list(inspect.signature(kvpoll_fsm.Endpoint).parameters.values())
     assert list(rows) == [parameter.name for parameter in parameters]
-    for parameter in parameters:
-        if parameter.default is not inspect.Parameter.empty:
-            shown = f'"{parameter.default}"' if isinstance(parameter.default, str) else str(parameter.default)
-            assert rows[parameter.name].split(":")[0].strip("` ") == shown.split(":")[0].strip("` "), parameter.name
+    assert {parameter.default for parameter in parameters[1:]} == {None}, "None is: not given"
+    for key, setting in SETTINGS.items():
+        if len(key) == 1:
+            shown = f'"{setting.default}"' if isinstance(setting.default, str) else str(setting.default)
+            assert rows[key[0]].split(": ")[0].strip("` ") == shown, key
 
 
 @pytest.mark.parametrize("opening", ["sender", "receiver"])

@@ -121,7 +121,7 @@ def test_a_grant_that_fails_is_refused_and_leaves_no_token(bench: Bench, error: 
     assert str(error) in bench.last.failure.detail
     assert bench.last.failure.rank == 2
     assert bench.transports[0].revoked == [b"a1"]
-    assert bench.incoming._tokens == {}
+    assert bench.incoming._exposed == {}
 
 
 def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:
@@ -131,7 +131,7 @@ def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:
     bench.incoming.release(KEY, 0)
     assert [each.revoked for each in bench.transports] == [[b"a1"], [b"b1"]]
     bench.incoming.release(KEY, 1)
-    assert bench.incoming._tokens == {}
+    assert bench.incoming._exposed == {}
 
 
 def explode(token: bytes) -> int:
@@ -144,7 +144,7 @@ def test_a_token_that_cannot_be_revoked_is_not_left_to_a_transport_that_works(be
     bench.incoming.release(KEY, 0)
     assert bench.transports[1].revoked == [b"b1"]
     assert bench.given_up == ["a"]
-    assert bench.incoming._tokens == {}
+    assert bench.incoming._exposed == {}
 
 
 def test_fenced_once_every_transport_is(bench: Bench) -> None:
@@ -223,6 +223,69 @@ def test_closing_a_transport_ends_the_fences_it_was_asked_for(bench: Bench) -> N
     assert bench.transports[0].fenced == [b"a1"]  # it has no token any more
     bench.incoming.fenced("b", 11)
     assert bench.last == Fenced(1)
+
+
+def test_one_transport_is_fenced_alone_and_gets_a_new_token(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    assert [each.fenced for each in bench.transports] == [[b"a1"], []]
+    assert not isinstance(bench.last, Fenced)
+    bench.incoming.fenced("a", 10)
+    assert bench.last == Fenced(0, "a", b"a2")
+    assert bench.transports[0].granted[0] == bench.transports[0].granted[1]
+    bench.incoming.release(KEY, 0)
+    assert [each.revoked for each in bench.transports] == [[b"a2"], [b"b1"]]
+
+
+def test_a_transport_that_is_not_there_any_more_is_fenced(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.lost("a")
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    assert bench.last == Fenced(0, "a")
+    bench.incoming.fence(KEY, Fence(1, force=True, transport="b"))
+    assert bench.last == Fenced(1, "b")
+    assert bench.transports[1].fenced == []
+
+
+def test_a_transport_that_grants_no_second_time_is_done_without(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    bench.transports[0].refusal = RuntimeError("native crash")
+    bench.incoming.fenced("a", 10)
+    assert bench.last == Fenced(0, "a")
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    assert [each.fenced for each in bench.transports] == [[b"a1"], [b"b1"]]
+
+
+def test_a_fence_alone_that_raises_is_a_close(bench: Bench) -> None:
+    bench.expose()
+    bench.transports[0].fence = explode  # type: ignore[method-assign]
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    assert bench.given_up == ["a"]
+    assert bench.last == Fenced(0, "a")
+
+
+def test_the_end_of_a_room_waits_for_the_fence_that_is_under_way(bench: Bench) -> None:
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    assert [each.fenced for each in bench.transports] == [[b"a1"], [b"b1"]]
+    bench.incoming.fenced("b", 10)
+    assert not isinstance(bench.last, Fenced)
+    bench.incoming.fenced("a", 10)
+    assert [event for _, event in bench.fed if isinstance(event, Fenced)] == [Fenced(0)]
+    assert len(bench.transports[0].granted) == 1  # nobody is to write there any more
+
+
+def test_a_costly_fence_alone_ends_without_a_token_if_the_room_did() -> None:
+    bench = Bench(FakeTransport("a", FenceKind.process), FakeTransport("b"))
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    bench.incoming.fence(KEY, Fence(0, force=False))
+    assert bench.transports[0].fenced == [b"a1"]
+    bench.incoming.fenced("a", 10)
+    assert bench.last == Fenced(0, "a")
+    assert len(bench.transports[0].granted) == 1
 
 
 def test_what_was_not_exposed_is_fenced(bench: Bench) -> None:

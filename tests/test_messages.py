@@ -40,6 +40,8 @@ MESSAGES: list[Message] = [
     messages.PartAck(**IDS, part=1, failure=FAILURE),
     messages.PartOutcome(**IDS, part=1, is_last=True, state=KVPoll.Success),
     messages.PartOutcome(**IDS, part=1, is_last=False, state=KVPoll.Failed, failure=FAILURE, quiescent=False),
+    messages.FencePart(**IDS, part=1, transport="tcp", attempt=2),
+    messages.PartFenced(**IDS, part=1, transport="tcp", attempt=2, token=b"t"),
     messages.Withdraw(**IDS, part=1),
     messages.Withdrawn(**IDS, part=1, ok=False),
     Abort(**IDS, failure=FAILURE),

@@ -258,6 +258,24 @@ def test_a_failed_ticket_that_may_land_still_is_not_quiescent(bench: Bench) -> N
     assert bench.out.idle
 
 
+@pytest.mark.parametrize("ends", [(True, True), (True, False), (False, True), (True, None)])
+def test_collateral_if_all_that_failed_was(bench: Bench, ends: tuple[bool, bool | None]) -> None:
+    bench.transport.capabilities = replace(bench.transport.capabilities, scatter_entries=2)
+    bench.start()
+    for ticket, collateral in enumerate(ends):
+        failed = {} if collateral is None else {"reason": "killed", "quiescent": True, "collateral": collateral}
+        bench.end(ticket, **failed)
+    [written] = bench.written()
+    assert written.collateral is (False not in ends)
+
+
+def test_quiescence_is_told_of_its_attempt(bench: Bench) -> None:
+    bench.start(attempt=2)
+    bench.end(0, reason="reset", quiescent=False)
+    bench.out.completed("fake", Quiesced(0))
+    assert bench.fed[-1] == (ONE, RankQuiesced(0, 0, 2))
+
+
 def test_no_further_batch_after_one_failed(bench: Bench) -> None:
     bench.transport.capabilities = Capabilities(scatter_entries=1, max_outstanding=1)
     bench.start()

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
-from typing import Any
-
-import msgspec
 
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.carriers import load_transports
 from kvpoll_fsm.driver import Driver
-from kvpoll_fsm.errors import KvpollError
 from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.desk import Desk, Host, LogToHost
 from kvpoll_fsm.mover.memory import can_read
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.settings import config_of, layout_of
+from kvpoll_fsm.mover.told import refusal
 from kvpoll_fsm.status import Sign, StatusTable
 
 __all__ = ["main"]
@@ -44,7 +40,7 @@ def main(fd: int) -> int:
         driver, desk = _assemble(pipe, setup)
     except Exception as error:  # told to the host, who raises it
         logging.getLogger("kvpoll_fsm").debug("refused", exc_info=True)
-        pipe.send([_refusal(error)], [])
+        pipe.send([refusal(error)], [])
         pipe.drain(SETUP_S)
         return 1
     driver.run()
@@ -89,16 +85,6 @@ def _stand_back(nice: int, cpus: tuple[int, ...] | None) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, nice)
         if cpus is not None:
             os.sched_setaffinity(thread, cpus)
-
-
-def _refusal(error: Exception) -> frames.Refused:
-    if not isinstance(error, KvpollError):
-        return frames.Refused("MoverUnavailable", [], {"problem": f"{type(error).__name__}: {error}"})
-    plain: dict[str, Any] = {}
-    for name, value in vars(error).items():
-        with contextlib.suppress(NotImplementedError, TypeError):
-            plain[name] = msgspec.to_builtins(value)
-    return frames.Refused(type(error).__name__, [str(arg) for arg in error.args], plain)
 
 
 if __name__ == "__main__":

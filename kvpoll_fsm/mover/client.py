@@ -27,7 +27,7 @@ from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.keeper import bring_up, port_held, relay
 from kvpoll_fsm.mover.launch import Launched
 from kvpoll_fsm.mover.managed import ManagedOnly, needs_thread
-from kvpoll_fsm.mover.questions import Questions
+from kvpoll_fsm.mover.questions import Asking, Questions
 from kvpoll_fsm.mover.results import SharedResults
 from kvpoll_fsm.mover.settings import plain_config
 from kvpoll_fsm.mover.views import HostView, fail_all
@@ -36,6 +36,7 @@ from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sources import RoomSource
 from kvpoll_fsm.staging import Source, stage
 from kvpoll_fsm.status import Places, Sign, StatusTable
+from kvpoll_fsm.switching import TransportStatus
 from kvpoll_fsm.view import RoomView
 
 __all__ = ["ProcessEngine"]
@@ -111,6 +112,7 @@ class ProcessEngine(ManagedOnly):
             frames.Answer: self._questions.answer,
             frames.Stage: self._stage,
             frames.Logged: lambda event: relay([event]),
+            frames.Switched: lambda event: self._plain.update(policy=event.policy, canary=event.canary),
         }
         self._thread = threading.Thread(target=self._run, name="kvpoll-listener", daemon=True)
         self._thread.start()
@@ -145,11 +147,11 @@ class ProcessEngine(ManagedOnly):
         """Written by the mover, through the table, and by the listener."""
         return HostView(self._table, self._places, room, rank, tag)
 
-    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy) -> None:
+    def open_sender(self, view: RoomView, required_ranks: int | None, policy: Policy | None) -> None:
         """Soon."""
         view.side = "sender"
-        number = _number(view)
-        self._open(view, frames.OpenSender(number, view.room, _sayable(view.tag), required_ranks, str(policy)))
+        number, chosen = _number(view), None if policy is None else str(policy)
+        self._open(view, frames.OpenSender(number, view.room, _sayable(view.tag), required_ranks, chosen))
 
     def open_receiver(self, view: RoomView, order: ReceiverOrder) -> None:
         """Soon."""
@@ -174,15 +176,23 @@ class ProcessEngine(ManagedOnly):
 
     def ask(self, question: Question) -> Any:
         """Answered by the mover, or by the next one if it is lost."""
+        return self._call(lambda number: frames.Ask(number, question), question)
+
+    def switch(self, policy: Policy, share: float | None) -> TransportStatus:
+        """Done by the mover, or by the next one if it is lost; those that follow begin with it."""
+        status: TransportStatus = self._call(lambda number: frames.Switch(number, str(policy), share), "transports")
+        return status
+
+    def _call(self, asking: Asking, answer: Question) -> Any:
         with self._lock:
             if self._ended is not None:
                 raise EndpointClosed(self._ended)
-            number, future = self._questions.new(question)
-            self._post(frames.Ask(number, question))
+            command, future = self._questions.new(asking, answer)
+            self._post(command)
         try:
             return future.result(CALL_S)
         finally:
-            self._questions.forget(number)
+            self._questions.forget(command.ask)
 
     # Posting
 

@@ -16,7 +16,7 @@ import msgspec
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.commands import StartPart
 from kvpoll_fsm.driver import Driver
-from kvpoll_fsm.errors import FailureCode
+from kvpoll_fsm.errors import FailureCode, KvpollError
 from kvpoll_fsm.inputs import Supplied
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.mover import frames
@@ -24,12 +24,14 @@ from kvpoll_fsm.mover.frames import Command
 from kvpoll_fsm.mover.memory import HostSource
 from kvpoll_fsm.mover.pipe import Pipe
 from kvpoll_fsm.mover.results import Held, Results
+from kvpoll_fsm.mover.told import refusal
 from kvpoll_fsm.mover.views import MoverView
 from kvpoll_fsm.requests import ReceiverOrder
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sources import RoomSource, StagedElsewhere
 from kvpoll_fsm.staging import Destination
 from kvpoll_fsm.status import Sign, StatusTable
+from kvpoll_fsm.switching import Choice
 
 __all__ = ["Desk", "Host", "LogToHost"]
 
@@ -87,7 +89,8 @@ class Desk:
             frames.Supply: self._supply,
             frames.Abort: self._abort,
             frames.Clear: self._clear,
-            frames.Ask: self._ask,
+            frames.Ask: lambda command: self._answer(command.ask, getattr(self._requests, command.question)),
+            frames.Switch: self._switch,
             frames.Staged: self._staged,
             frames.Free: lambda command: self._results.free(command.segment, again=command.again),
             frames.Close: lambda command: driver.begin_close(),
@@ -133,7 +136,8 @@ class Desk:
 
     def _open_sender(self, command: frames.OpenSender) -> None:
         view = self._view(command.number, command.room, 0, command.tag)
-        self._requests.open_sender(view, command.required_ranks, Policy.parse(command.policy))
+        policy = None if command.policy is None else Policy.parse(command.policy)
+        self._requests.open_sender(view, command.required_ranks, policy)
 
     def _open_receiver(self, command: frames.OpenReceiver) -> None:
         view = self._view(command.number, command.room, command.rank, command.tag)
@@ -165,13 +169,23 @@ class Desk:
         if view is not None:
             self._requests.clear(view)
 
-    def _ask(self, command: frames.Ask) -> None:
+    def _switch(self, command: frames.Switch) -> None:
+        policy = Policy.parse(command.policy)
+        self._answer(command.ask, lambda: self._requests.switch(policy, command.share))
+
+    def _answer(self, ask: int, function: Callable[[], object]) -> None:
         try:
-            answer = msgspec.msgpack.encode(getattr(self._requests, command.question)())
+            answer = frames.Answer(ask, msgspec.Raw(msgspec.msgpack.encode(function())))
+        except KvpollError as error:
+            answer = frames.Answer(ask, msgspec.Raw(b"\xc0"), refused=refusal(error))
         except Exception as error:  # whoever asked must be answered
-            self._pipe.post(frames.Answer(command.ask, msgspec.Raw(b"\xc0"), f"{type(error).__name__}: {error}"))
-            return
-        self._pipe.post(frames.Answer(command.ask, msgspec.Raw(answer)))
+            answer = frames.Answer(ask, msgspec.Raw(b"\xc0"), f"{type(error).__name__}: {error}")
+        self._pipe.post(answer)
+
+    def switched(self, choice: Choice) -> None:
+        """Tell the host, who has to tell another mover if this one is lost."""
+        canary = None if choice.canary is None else (str(choice.canary), choice.share)
+        self._pipe.post(frames.Switched(str(choice.policy), canary))
 
     # Staging by the host, where we cannot read its memory
 

@@ -30,6 +30,8 @@ __all__ = [
     "Staged",
     "Started",
     "Supply",
+    "Switch",
+    "Switched",
 ]
 
 
@@ -66,13 +68,13 @@ class Setup(_Struct, frozen=True, tag=1):
 
 
 class OpenSender(_Struct, frozen=True, tag=2):
-    """Open the sender's side of a room; `policy` as text."""
+    """Open the sender's side of a room; `policy` as text, None for the endpoint's."""
 
     number: int
     room: int
     tag: str
     required_ranks: int | None
-    policy: str
+    policy: str | None
 
 
 class OpenReceiver(_Struct, frozen=True, tag=3):
@@ -135,7 +137,15 @@ class Close(_Struct, frozen=True, tag=10):
     """End the endpoint."""
 
 
-Command = Setup | OpenSender | OpenReceiver | Supply | Abort | Clear | Ask | Staged | Free | Close
+class Switch(_Struct, frozen=True, tag=11):
+    """Give new rooms another policy, or a share of them; answered like the question "transports"."""
+
+    ask: int
+    policy: str
+    share: float | None
+
+
+Command = Setup | OpenSender | OpenReceiver | Supply | Abort | Clear | Ask | Staged | Free | Close | Switch
 
 
 # From the mover
@@ -195,11 +205,12 @@ class Dropped(_Struct, frozen=True, tag=5):
 
 
 class Answer(_Struct, frozen=True, tag=6):
-    """The answer to an `Ask`; `problem` says why there is none."""
+    """The answer to an `Ask` or a `Switch`; `problem`, or `refused`, says why there is none."""
 
     ask: int
     result: msgspec.Raw
     problem: str = ""
+    refused: Refused | None = None
 
 
 class Stage(_Struct, frozen=True, tag=7):
@@ -221,4 +232,11 @@ class Logged(_Struct, frozen=True, tag=8):
     text: str
 
 
-Event = Started | Refused | Changed | NewSegment | Dropped | Answer | Stage | Logged
+class Switched(_Struct, frozen=True, tag=9):
+    """New rooms have these policies from now on; whoever wanted that. Another mover has to begin with them."""
+
+    policy: str
+    canary: tuple[str, float] | None
+
+
+Event = Started | Refused | Changed | NewSegment | Dropped | Answer | Stage | Logged | Switched

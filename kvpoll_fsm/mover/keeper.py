@@ -11,15 +11,15 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kvpoll_fsm import errors
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.config import Config
-from kvpoll_fsm.errors import KvpollError, MoverUnavailable
+from kvpoll_fsm.errors import MoverUnavailable
 from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.launch import Launched, launch
 from kvpoll_fsm.mover.memory import address_of
 from kvpoll_fsm.mover.settings import plain_layout
+from kvpoll_fsm.mover.told import error_of
 from kvpoll_fsm.status import StatusTable
 
 __all__ = ["bring_up", "port_held", "relay"]
@@ -97,22 +97,11 @@ def _answer(mover: Launched) -> frames.Started:
             if isinstance(event, frames.Started):
                 return event
             if isinstance(event, frames.Refused):
-                raise _error(event)
+                raise error_of(event)
             relay([event])
         if mover.pipe.ended:
             raise MoverUnavailable(f"it ended before it served: {mover.end()}; its own words are on stderr")
     raise MoverUnavailable(f"it did not serve within {START_S:g} s")
-
-
-def _error(refused: frames.Refused) -> KvpollError:
-    """The error that the mover met, as what it is."""
-    cls = getattr(errors, refused.kind, KvpollError)
-    if cls is MoverUnavailable:
-        return MoverUnavailable(refused.fields["problem"])
-    error: KvpollError = cls.__new__(cls)
-    error.args = tuple(refused.args)
-    error.__dict__.update(refused.fields)
-    return error
 
 
 def relay(events: Iterable[frames.Event]) -> None:

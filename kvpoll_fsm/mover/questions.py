@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,16 +13,22 @@ from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.engine import Question
 from kvpoll_fsm.errors import EndpointClosed, KvpollError
 from kvpoll_fsm.mover import frames
+from kvpoll_fsm.mover.told import error_of
+from kvpoll_fsm.switching import TransportStatus
 from kvpoll_fsm.trace import Record
 
 __all__ = ["Questions"]
 
-_ANSWERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
+Asking = Callable[[int], "frames.Ask | frames.Switch"]
+
+_DECODERS: dict[Question, msgspec.msgpack.Decoder[Any]] = {
     "load": msgspec.msgpack.Decoder(BlockLoad),
     "is_idle": msgspec.msgpack.Decoder(bool),
     "dump": msgspec.msgpack.Decoder(list[dict[str, Any]]),
     "refused": msgspec.msgpack.Decoder(dict[str, dict[str, int]]),
     "trace": msgspec.msgpack.Decoder(list[Record]),
+    "transports": msgspec.msgpack.Decoder(TransportStatus),
+    "report": msgspec.msgpack.Decoder(dict[str, Any]),
 }
 
 
@@ -30,13 +37,14 @@ class Questions:
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._open: dict[int, tuple[Question, Future[Any]]] = {}
+        self._open: dict[int, tuple[frames.Ask | frames.Switch, Question, Future[Any]]] = {}
 
-    def new(self, question: Question) -> tuple[int, Future[Any]]:
-        """Note a question; the answer, or why there is none, is the future's."""
+    def new(self, asking: Asking, answer: Question) -> tuple[frames.Ask | frames.Switch, Future[Any]]:
+        """Note what is asked; the answer, which is like that to a question, or why there is none, is the future's."""
         number, future = next(self._numbers), Future[Any]()
-        self._open[number] = question, future
-        return number, future
+        command = asking(number)
+        self._open[number] = command, answer, future
+        return command, future
 
     def forget(self, number: int) -> None:
         """Nobody waits for the answer any more."""
@@ -44,20 +52,22 @@ class Questions:
 
     def open(self) -> list[frames.Command]:
         """What another mover has to be asked, when one was lost."""
-        return [frames.Ask(number, question) for number, (question, _) in list(self._open.items())]
+        return [command for command, _, _ in list(self._open.values())]
 
     def answer(self, event: frames.Answer) -> None:
         """The mover has answered."""
-        question, future = self._open.pop(event.ask, (None, None))
-        if question is None or future is None:
+        _, answer, future = self._open.pop(event.ask, (None, None, None))
+        if answer is None or future is None:
             return
-        if event.problem:
+        if event.refused is not None:
+            future.set_exception(error_of(event.refused))
+        elif event.problem:
             future.set_exception(KvpollError(event.problem))
         else:
-            future.set_result(_ANSWERS[question].decode(event.result))
+            future.set_result(_DECODERS[answer].decode(event.result))
 
     def fail(self, cause: str) -> None:
         """The endpoint has ended: nothing is answered any more."""
-        for _, future in list(self._open.values()):
+        for _, _, future in list(self._open.values()):
             if not future.done():
                 future.set_exception(EndpointClosed(cause))

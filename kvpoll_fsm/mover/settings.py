@@ -39,7 +39,7 @@ def _plain(value: object) -> str:
 
 
 def plain_config(config: Config, listen: Address) -> dict[str, Any]:
-    """The settings; the control plane listens at `listen`.
+    """The settings; the control plane listens at `listen`. All transports are on standby: the policy may change.
 
     Raises:
         InvalidInput: As `plain_options`.
@@ -49,6 +49,8 @@ def plain_config(config: Config, listen: Address) -> dict[str, Any]:
         "listen": str(listen),
         "advertise": None if config.advertise is None else str(config.advertise),
         "policy": str(config.policy),
+        "standby": list(config.names),
+        "canary": None,
         "deadlines": msgspec.to_builtins(config.deadlines),
         "checksum": config.checksum,
         "transport_options": plain_options(config),
@@ -57,12 +59,13 @@ def plain_config(config: Config, listen: Address) -> dict[str, Any]:
         "insecure": config.insecure,
         "trace": None if config.trace is None else str(config.trace),
         "limits": msgspec.to_builtins(config.limits),
+        "control_socket": None if config.control_socket is None else str(config.control_socket),
     }
 
 
 def config_of(plain: dict[str, Any]) -> Config:
     """The settings that `plain_config` was made of; arrays are the host's business."""
-    keys = plain["keys"]
+    keys, canary = plain["keys"], plain["canary"]
     return Config(
         listen=Address.parse(plain["listen"]),
         advertise=None if plain["advertise"] is None else Address.parse(plain["advertise"]),
@@ -77,6 +80,9 @@ def config_of(plain: dict[str, Any]) -> Config:
         insecure=plain["insecure"],
         trace=plain["trace"],
         limits=Limits(**plain["limits"]),
+        standby=tuple(plain["standby"]),
+        canary=None if canary is None else (Policy.parse(canary[0]), canary[1]),
+        control_socket=plain["control_socket"],
     )
 
 

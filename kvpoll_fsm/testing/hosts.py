@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kvpoll_fsm.commands import CopyOut, Expose, HeldPart, StartPart, Target
+from kvpoll_fsm.commands import CopyOut, Expose, Fence, HeldPart, StartPart, Target
 from kvpoll_fsm.core import EndpointCore
-from kvpoll_fsm.inputs import Granted
+from kvpoll_fsm.inputs import Fenced, Granted, RankQuiesced
 from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Packet
 from kvpoll_fsm.session import RoomKey
@@ -70,6 +70,11 @@ class LateWrite:
     origin: bytes
     dest: bytes
 
+    def quiesced(self) -> RankQuiesced:
+        """What its writer is told when it can land no more."""
+        rank = self.job.target.rank if self.job.target else 0
+        return RankQuiesced(rank, self.job.command.part, self.job.command.attempt)
+
 
 @dataclass
 class Host:
@@ -79,7 +84,7 @@ class Host:
         memory: The value in each slot (block, place in it) that was ever written.
         out: What each life of a room copied out, by token.
         granted: Whom each token was made for: (room, part, blocks).
-        tokens: The tokens of each part of a room.
+        tokens: The tokens of each part of a room, and the transport of each.
         exposed: Tokens that admit writes.
         fenced: Tokens under which nothing lands any more.
         addresses: For a connection we opened, the host it goes to.
@@ -92,7 +97,7 @@ class Host:
     memory: dict[tuple[int, int], Any] = field(default_factory=dict)
     out: dict[RoomKey, dict[int, Any]] = field(default_factory=dict)
     granted: dict[bytes, tuple[RoomKey, int, tuple[int, ...]]] = field(default_factory=dict)
-    tokens: dict[tuple[RoomKey, int], tuple[bytes, ...]] = field(default_factory=dict)
+    tokens: dict[tuple[RoomKey, int], dict[bytes, str]] = field(default_factory=dict)
     exposed: set[bytes] = field(default_factory=set)
     fenced: set[bytes] = field(default_factory=set)
     addresses: dict[int, str] = field(default_factory=dict)
@@ -165,11 +170,8 @@ class Host:
 
     def expose(self, key: RoomKey, command: Expose, tokens: dict[str, bytes]) -> Granted:
         """Admit writes to leased blocks under these tokens, by transport."""
-        for token in tokens.values():
-            self.granted[token] = (key, command.part, command.blocks)
-            self.exposed.add(token)
-        before = self.tokens.get((key, command.part), ())  # a grant that was withdrawn
-        self.tokens[key, command.part] = (*before, *tokens.values())
+        for transport, token in tokens.items():
+            self._admit(key, command.part, command.blocks, transport, token)
         capacity = len(command.blocks) * self.block_tokens
         return Granted(command.part, command.blocks, capacity, tuple(tokens.items()))
 
@@ -179,6 +181,23 @@ class Host:
         self.exposed.difference_update(tokens)
         if fence:
             self.fenced.update(tokens)
+
+    def fence_one(self, key: RoomKey, command: Fence, token: bytes) -> Fenced:
+        """Nothing lands any more that was written through one transport; if it was offered it gets this new token."""
+        ours = [old for old, name in self.tokens.get((key, command.part), {}).items() if name == command.transport]
+        alive = self.exposed.intersection(ours)
+        self.fenced.update(ours)
+        self.exposed.difference_update(ours)
+        if not alive:
+            return Fenced(command.part, command.transport)
+        blocks = self.granted[ours[-1]][2]
+        self._admit(key, command.part, blocks, command.transport, token)
+        return Fenced(command.part, command.transport, token)
+
+    def _admit(self, key: RoomKey, part: int, blocks: tuple[int, ...], transport: str, token: bytes) -> None:
+        self.granted[token] = (key, part, blocks)
+        self.exposed.add(token)
+        self.tokens.setdefault((key, part), {})[token] = transport  # beside those of a grant that was withdrawn
 
 
 def token_of(target: Target) -> bytes:

@@ -59,7 +59,7 @@ class Node:
         self.core = core
         self.memory: dict[int, Cell] = {}
         self.out: dict[RoomKey, tuple[Cell | None, ...]] = {}
-        self.exposed: dict[bytes, tuple[RoomKey, int]] = {}
+        self.exposed: dict[bytes, tuple[RoomKey, int, str]] = {}
         self.timers: dict[tuple[RoomKey | None, str], int] = {}
 
     def clone(self) -> Node:

@@ -281,8 +281,7 @@ class TimedWorld(World):
         _take(self.late, late)
         host = self.host_of(late.origin)
         if host is not None and late.job.target is not None:
-            event = inputs.RankQuiesced(late.job.target.rank, late.job.command.part)
-            self.for_host(host, ANSWER, lambda: self.feed(host.name, late.job.key, event))
+            self.for_host(host, ANSWER, lambda: self.feed(host.name, late.job.key, late.quiesced()))
 
 
 def _must_resend(host: Host) -> bool:

@@ -273,8 +273,7 @@ class Universe(Endpoints):
         if isinstance(command, Preflight):
             node.core.feed(job.key, inputs.Preflighted(command.rank, command.conn, command.transport, ok=True))
         elif isinstance(command, Fence):
-            self._fence(node, job.key, command.part)
-            node.core.feed(job.key, inputs.Fenced(command.part))
+            node.core.feed(job.key, self._fence(node, job.key, command))
         elif isinstance(command, CopyOut):
             self._copy_out(node, job.key, command)
             node.core.feed(job.key, inputs.CopiedOut(command.parts[-1].part))
@@ -282,10 +281,15 @@ class Universe(Endpoints):
             node.core.feed(job.key, inputs.Verified(command.held.part))
         self._settle(node)
 
-    def _fence(self, node: Node, key: RoomKey, part: int) -> None:
-        for token, holder in list(node.exposed.items()):
-            if holder == (key, part):
-                del node.exposed[token]
+    def _fence(self, node: Node, key: RoomKey, command: Fence) -> inputs.Fenced:
+        """Nothing lands any more under the tokens of a part, or under that of one transport, which gets a new one."""
+        part, name = command.part, command.transport
+        ours = [token for token, (*place, at) in node.exposed.items() if place == [key, part] and name in ("", at)]
+        for token in ours:
+            del node.exposed[token]
+        if not name or not ours:
+            return inputs.Fenced(part, name)
+        return inputs.Fenced(part, name, self._new_token(node, key, part, self.leases[ours[0]][3], name))
 
     def _copy_out(self, node: Node, key: RoomKey, command: CopyOut) -> None:
         out = list(node.out.get(key, (None,) * command.total_tokens))
@@ -332,7 +336,8 @@ class Universe(Endpoints):
         self._replace(ticket, None)
         node = self._touch(SENDER)
         if node.incarnation == ticket.source:
-            node.core.feed(ticket.key, inputs.RankQuiesced(ticket.target.rank, ticket.command.part))
+            command = ticket.command
+            node.core.feed(ticket.key, inputs.RankQuiesced(ticket.target.rank, command.part, command.attempt))
             self._settle(node)
 
     def _ended(self, ticket: Ticket, written: inputs.PartWritten) -> None:

@@ -158,20 +158,19 @@ class Endpoints:
             self.jobs = (*self.jobs, Job(node.name, key, command))
 
     def _expose(self, node: Node, key: RoomKey, command: Expose) -> None:
-        tokens = []
-        for transport in self.scene.transports:
-            token = self._new_token(
-                f"{node.incarnation} {key.room} {key.rank} {key.generation} {command.part} {transport}"
-            )
-            node.exposed[token] = (key, command.part)
-            self.leases[token] = (node.incarnation, key, command.part, command.blocks)
-            tokens.append((transport, token))
+        tokens = [
+            (name, self._new_token(node, key, command.part, command.blocks, name)) for name in self.scene.transports
+        ]
         node.core.feed(key, inputs.Granted(command.part, command.blocks, len(command.blocks), tuple(tokens)))
 
-    def _new_token(self, place: str) -> bytes:
+    def _new_token(self, node: Node, key: RoomKey, part: int, blocks: tuple[int, ...], transport: str) -> bytes:
         """Named after what it is for, so that the order in which rooms were granted theirs makes no other state."""
+        place = f"{node.incarnation} {key.room} {key.rank} {key.generation} {part} {transport}"
         times = sum(token.startswith(f"{place} ".encode()) for token in self.leases)
-        return f"{place} {times}".encode()
+        token = f"{place} {times}".encode()
+        node.exposed[token] = (key, part, transport)
+        self.leases[token] = (node.incarnation, key, part, blocks)
+        return token
 
     def _start(self, node: Node, key: RoomKey, command: StartPart) -> None:
         if command.attempt == 0:

@@ -40,6 +40,8 @@ def answer(world: World, host: Host, job: Job, *, ok: bool, loose: bool) -> inpu
         return inputs.Preflighted(command.rank, command.conn, command.transport, ok, "" if ok else "refused")
     if isinstance(command, StartPart) and job.target is not None:
         return _write(world, host, job, job.target, ok, loose)
+    if isinstance(command, Fence) and command.transport:
+        return host.fence_one(key, command, world.new_token())
     if isinstance(command, Fence):
         host.end_tokens(key, command.part, fence=ok or command.force)
         return inputs.Fenced(command.part) if ok or command.force else None

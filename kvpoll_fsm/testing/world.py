@@ -186,7 +186,7 @@ class World:
         late = self.late.pop(at)
         host = self.host_of(late.origin)
         if host is not None and late.job.target is not None:
-            self.feed(host.name, late.job.key, inputs.RankQuiesced(late.job.target.rank, late.job.command.part))
+            self.feed(host.name, late.job.key, late.quiesced())
 
     def fire(self, name: str, key: RoomKey | None, timer: str, *, host_alive: bool = False) -> None:
         """Let a timer of endpoint `name` fire."""
@@ -294,6 +294,10 @@ class World:
     def on_changed(self, host: Host, key: RoomKey) -> None:
         """A room of a host may have changed."""
 
+    def new_token(self) -> bytes:
+        """One that no transport of this world has given yet."""
+        return self._next().to_bytes(8, "big")
+
     # Inside
 
     def _next(self) -> int:
@@ -354,7 +358,7 @@ class World:
         elif isinstance(command, CancelPart):
             self.on_cancel(host, key, command)
         elif isinstance(command, Expose):
-            tokens = {name: self._next().to_bytes(8, "big") for name in self.transports}
+            tokens = {name: self.new_token() for name in self.transports}
             host.core.feed(key, host.expose(key, command, tokens))
         elif isinstance(command, Release):
             host.end_tokens(key, command.part, fence=False)

@@ -16,6 +16,7 @@ from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.ledger import Ledger
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_blocks import ReceiverBlocks
+from kvpoll_fsm.receiver_fences import ReceiverFences
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.rooms import Rooms
 from kvpoll_fsm.sender_session import SenderSession
@@ -185,14 +186,14 @@ def clear_kills_the_resend(patch: Patch) -> None:
 
 
 def second_grant_freed_at_abort(patch: Patch) -> None:
-    right = ReceiverBlocks._on_failed
+    right = ReceiverFences._on_failed
 
-    def failed(self: ReceiverBlocks) -> None:
+    def failed(self: ReceiverFences) -> None:
         if self._second.grant is not None:
             self._give_up_second()
         right(self)
 
-    patch.setattr(ReceiverBlocks, "_on_failed", failed)
+    patch.setattr(ReceiverFences, "_on_failed", failed)
 
 
 def blocks_freed_while_they_are_copied(patch: Patch) -> None:

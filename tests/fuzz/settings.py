@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from kvpoll_common.addresses import split_advertised
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import introduction
@@ -14,7 +15,7 @@ from kvpoll_fsm.errors import AddressError, InvalidInput, PolicyError
 from kvpoll_fsm.layout import ITEMSIZE, Field, Layout
 from kvpoll_fsm.messages import Hello, decode, encode
 from kvpoll_fsm.selection import Policy
-from kvpoll_tcp.settings import TcpSettings, split_advertised
+from kvpoll_tcp.settings import TcpSettings
 from tests.fuzz.choices import Choices
 
 PLACE = re.compile(r"tcp://(\*|[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+(%[A-Za-z0-9._-]+)?\]):[0-9]{1,5}")

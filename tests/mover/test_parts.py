@@ -23,6 +23,7 @@ from kvpoll_fsm.mover.memory import HostSource, can_read
 from kvpoll_fsm.mover.results import INLINE_NBYTES, KEPT_NBYTES, Results, SharedResults, arrays
 from kvpoll_fsm.mover.settings import config_of, layout_of, plain_config, plain_layout
 from kvpoll_fsm.security import generate_keys
+from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sources import StagedElsewhere, Unreadable
 from tests.helpers import FIELDS, LAYOUT, until
 from tests.mover.movers import away, worth
@@ -225,15 +226,24 @@ def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
         trace=tmp_path / "trace",
         limits=Limits(orphans_per_peer=3),
         transport_options=options,
+        standby=("memory", "shm"),
+        control_socket=tmp_path / "socket",
         **keys,  # type: ignore[arg-type]
     ).config
     plain = msgspec.msgpack.decode(msgspec.msgpack.encode(plain_config(config, config.listen)))
     back = config_of(plain)
-    others = {"arrays", "isolation", "mover_nice", "mover_cpus", "transport_options", "trace"}
+    others = {
+        *("arrays", "isolation", "mover_nice", "mover_cpus", "transport_options", "trace", "standby", "control_socket")
+    }
     for field in fields(Config):
         if field.name not in others:
             assert getattr(back, field.name) == getattr(config, field.name), field.name
     assert str(back.trace) == str(config.trace)
+    assert str(back.control_socket) == str(config.control_socket)
+    assert back.names == config.names == ("shm", "tcp", "memory")
+    switched = config_of({**plain, "policy": "tcp", "canary": ("shm", 0.25)})
+    assert switched.canary == (Policy.parse("shm"), 0.25)
+    assert set(switched.names) == set(config.names), "whatever the policy was, all that was loaded is loaded"
     assert back.transport_options == {"tcp": {**options["tcp"], "folder": str(tmp_path)}}
 
 

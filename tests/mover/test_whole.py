@@ -308,7 +308,7 @@ def test_a_mover_that_cannot_start_says_so_and_leaves_nothing() -> None:
         "MoverUnavailable no mover: it ended before it served: exit status 0",
         "TransportUnavailable transport 'nixl': ",
         "InvalidInput ",
-        "MoverUnavailable no mover: TypeError: ",
+        "InvalidInput transport_options: 'tcp': ",
         "InvalidInput mover_cpus",
         "AddressError ",
     ]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import ssl
+import tempfile
 
 import trustme
+
+from kvpoll_fsm.testing.conformance import Spec
+from kvpoll_tcp import TcpTransport
 
 HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -35,3 +39,21 @@ def client_context(name: str = "ours") -> ssl.SSLContext:
 def contexts(name: str = "ours") -> Contexts:
     """What the transport takes as `tls`."""
     return server_context(name), client_context(name)
+
+
+def spec(**settings: object) -> Spec:
+    """How another process makes a transport with a certificate of the same authority."""
+    certificate = authority().issue_cert(*HOSTS).private_key_and_cert_chain_pem.bytes().decode()
+    trusted = authority().cert_pem.bytes().decode()
+    return Spec(f"{__name__}:from_pem", {"certificate": certificate, "trusted": trusted, **settings})
+
+
+def from_pem(certificate: str, trusted: str, **settings: object) -> TcpTransport:
+    """What `spec` says."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(certificate)
+        file.flush()
+        server.load_cert_chain(file.name)
+    client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=trusted)
+    return TcpTransport(tls=(server, client), **settings)

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from kvpoll_fsm.spi import LinkDown, Transport
+from kvpoll_fsm.testing.conformance.sides import Pair, until
 from kvpoll_shm import handshake, hosts, wire
 from kvpoll_shm.copying import Copying
-from tests.transports.harness import Pair, until
 
 
 def read_descriptor(data: bytes) -> handshake.Descriptor:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Progress, Quiesced, Write
+from kvpoll_fsm.testing.conformance import TransportSuite
+from kvpoll_fsm.testing.conformance.sides import MIB, Pair, Side, same, untouched
 from kvpoll_memory import Faults, MemoryTransport
-from tests.transports.harness import MIB, Pair, Side, same, untouched
-from tests.transports.suite import TransportSuite
 
 
 class TestMemory(TransportSuite):

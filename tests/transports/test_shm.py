@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 
+from kvpoll_common.loop import Loop
 from kvpoll_fsm.errors import InvalidInput, KvpollError, TransportUnavailable
 from kvpoll_fsm.spi import Done, Failed, Quiesced, Range, Region, Write
-from kvpoll_shm import ShmTransport, copying, hosts
-from kvpoll_shm.copying import SLICE_NBYTES, Copying
-from kvpoll_shm.loop import Loop
-from kvpoll_shm.wire import MAX_ORDERS
-from tests.transports import shm_raw as raw
-from tests.transports.harness import (
+from kvpoll_fsm.testing.conformance import TransportSuite
+from kvpoll_fsm.testing.conformance.sides import (
+    CANARY,
     HUGE,
     MIB,
     SIZES,
@@ -31,12 +29,29 @@ from tests.transports.harness import (
     sealed_memfd,
     until,
 )
-from tests.transports.suite import CANARY, TransportSuite
+from kvpoll_shm import ShmTransport, copying, hosts
+from kvpoll_shm.copying import SLICE_NBYTES, Copying
+from kvpoll_shm.wire import MAX_ORDERS
+from tests.transports import shm_raw as raw
 
 
 class TestShm(TransportSuite):
+    needs_fd = True
+
     def make(self) -> ShmTransport:
         return ShmTransport()
+
+
+class TestShmThatIsNeverFlushed(TestShm):
+    """Whoever never calls `flush` has each order sent at once."""
+
+    def side(self, *, filled: bool = False, shared: bool = True) -> Side:
+        side = super().side(filled=filled, shared=shared)
+        side.never_flush()
+        return side
+
+    def spec(self) -> None:
+        """The tests with other processes are run as the driver does it, above."""
 
 
 @pytest.fixture

@@ -15,10 +15,7 @@ from hypothesis import strategies as st
 
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Write
-from kvpoll_shm import ShmTransport, hosts
-from kvpoll_shm.wire import MAX_ORDERS
-from tests.transports import shm_raw as raw
-from tests.transports.harness import (
+from kvpoll_fsm.testing.conformance.sides import (
     MIB,
     SIZES,
     Pair,
@@ -29,6 +26,9 @@ from tests.transports.harness import (
     until,
     untouched,
 )
+from kvpoll_shm import ShmTransport, hosts
+from kvpoll_shm.wire import MAX_ORDERS
+from tests.transports import shm_raw as raw
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm.spi import Done, Failed, LinkDown, Write
+from kvpoll_fsm.testing.conformance.sides import HUGE, SIZES, Pair, Side, footprint, until
 from kvpoll_shm import ShmTransport
 from kvpoll_shm.copying import SLICE_NBYTES
 from tests.transports import shm_raw as raw
-from tests.transports.harness import HUGE, SIZES, Pair, Side, footprint, until
 
 ARENA_NBYTES = SIZES[0]
 CANARY = b"\xc5"

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpoll_fsm.spi import Done, Failed, Gathers, Link, Write
+from kvpoll_fsm.testing.conformance.sides import Pair, Side
 from kvpoll_shm import ShmTransport, wire
 from kvpoll_shm.pipe import Pipe
-from tests.transports.harness import Pair, Side
 from tests.transports.shm_raw import Gate
 
 

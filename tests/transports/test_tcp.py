@@ -12,14 +12,14 @@ import pytest
 
 from kvpoll_fsm.errors import AddressError, InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Done, LinkDown, Write
+from kvpoll_fsm.testing.conformance import TransportSuite
+from kvpoll_fsm.testing.conformance.sides import HUGE, MIB, Pair, Side, footprint, until
 from kvpoll_tcp import TcpTransport, lane
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.receiver import Listener, Reader
 from kvpoll_tcp.stream import Stream
 from kvpoll_tcp.wire import Ack, Entry, Head, Verdict
 from tests.transports import raw
-from tests.transports.harness import HUGE, MIB, Pair, Side, footprint, until
-from tests.transports.suite import TransportSuite
 
 
 class TestTcp(TransportSuite):
@@ -30,6 +30,9 @@ class TestTcp(TransportSuite):
 class TestTcpWithTwoStreams(TransportSuite):
     def make(self) -> TcpTransport:
         return TcpTransport(streams=2)
+
+    def spec(self) -> None:
+        """The tests with other processes are run with one stream, and with TLS and two."""
 
 
 @pytest.fixture

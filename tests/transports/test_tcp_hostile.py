@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kvpoll_common.grants import LIED
 from kvpoll_fsm.spi import Link, LinkDown, Range, Write
+from kvpoll_fsm.testing.conformance.sides import MIB, SIZES, Pair, Side, until, untouched
 from kvpoll_tcp import TcpTransport
 from tests.transports import raw
-from tests.transports.harness import MIB, SIZES, Pair, Side, until, untouched
 from tests.transports.raw import Raw, entry, frame, hello
 
 CANARY = 0xC5

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm.spi import Done, Failed, Link, LinkDown, Write
+from kvpoll_fsm.testing.conformance.sides import HUGE, MIB, SIZES, Pair, Side, until
 from kvpoll_tcp import TcpTransport, inbox, wire
 from kvpoll_tcp.receiver import Reader
 from tests.transports import raw
-from tests.transports.harness import HUGE, MIB, SIZES, Pair, Side, until
 
 ARENA_NBYTES = SIZES[0]
 CANARY = b"\xc5"

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpoll_fsm.spi import Done, Write
+from kvpoll_fsm.testing.conformance.sides import Pair, Side, same, until
 from kvpoll_tcp import TcpTransport, wire
 from kvpoll_tcp.inbox import INBOX_NBYTES, Inbox
 from kvpoll_tcp.mailbox import Mailbox
@@ -20,7 +21,6 @@ from kvpoll_tcp.sockets import Broken, Plug
 from kvpoll_tcp.stream import Stream
 from kvpoll_tcp.wire import Ack, Verdict
 from tests.transports import raw
-from tests.transports.harness import Pair, Side, same, until
 from tests.transports.raw import entry, frame
 
 STREAM = bytes(range(251)) * 4_200

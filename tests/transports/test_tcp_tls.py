@@ -15,14 +15,15 @@ import pytest
 from kvpoll_fsm import FailureCode
 from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import LinkDown, Range, Write
+from kvpoll_fsm.testing.conformance import Spec, TransportSuite
+from kvpoll_fsm.testing.conformance.sides import MIB, Pair, Side, until, untouched
 from kvpoll_tcp import TcpTransport, contexts
 from tests.helpers import failed, open_pair, pair, transfer
 from tests.transports import raw
 from tests.transports.certificates import Contexts, authority, client_context, server_context
 from tests.transports.certificates import contexts as made_contexts
-from tests.transports.harness import MIB, Pair, Side, until, untouched
+from tests.transports.certificates import spec as peer_spec
 from tests.transports.raw import Raw, entry, frame
-from tests.transports.suite import TransportSuite
 
 TLS = made_contexts()
 
@@ -31,10 +32,16 @@ class TestTcpWithTls(TransportSuite):
     def make(self) -> TcpTransport:
         return TcpTransport(tls=TLS)
 
+    def spec(self) -> None:
+        """The tests with other processes are run with two streams, below."""
+
 
 class TestTcpWithTlsAndTwoStreams(TransportSuite):
     def make(self) -> TcpTransport:
         return TcpTransport(tls=TLS, streams=2)
+
+    def spec(self) -> Spec:
+        return peer_spec(streams=2)
 
 
 def sides(tx: Contexts | None = TLS, rx: Contexts | None = TLS, **settings: Any) -> Pair:

@@ -24,6 +24,7 @@ class Plan:
         late: It ends Failed without being quiescent, and what it did not write is written later.
         reading: What is written later is read from the source only then.
         landing: Now is later.
+        collateral: The failure is put down to another ticket's trouble.
         flips: Positions in the ticket's bytes where one bit arrives wrong.
     """
 
@@ -33,6 +34,7 @@ class Plan:
     late: bool = False
     reading: bool = False
     landing: bool = False
+    collateral: bool = False
     flips: tuple[int, ...] = ()
 
 
@@ -70,16 +72,25 @@ class Faults:
             self._switches.hold_all = False
             self._plans = {number: replace(plan, held=False) for number, plan in self._plans.items()}
 
-    def fail(self, nth: int, reason: str = "injected", after_nbytes: int = 0) -> None:
+    def fail(self, nth: int, reason: str = "injected", after_nbytes: int = 0, *, collateral: bool = False) -> None:
         """End ticket `nth` Failed and quiescent, after a part of it was written."""
-        self._change(nth, failure=reason, after_nbytes=after_nbytes)
+        self._change(nth, failure=reason, after_nbytes=after_nbytes, collateral=collateral)
 
-    def fail_late(self, nth: int, reason: str = "injected", after_nbytes: int = 0, *, reading: bool = False) -> None:
+    def fail_late(
+        self,
+        nth: int,
+        reason: str = "injected",
+        after_nbytes: int = 0,
+        *,
+        reading: bool = False,
+        collateral: bool = False,
+    ) -> None:
         """End ticket `nth` Failed but not quiescent: the rest of its bytes lands at `land`, then Quiesced.
 
         With `reading` the source is not free before, as with RDMA: what it holds then is what lands.
         """
-        self._change(nth, failure=reason, after_nbytes=after_nbytes, late=True, reading=reading)
+        changes = {"late": True, "reading": reading, "collateral": collateral}
+        self._change(nth, failure=reason, after_nbytes=after_nbytes, **changes)
 
     def land(self, nth: int) -> None:
         """Let the bytes of a ticket that failed late arrive now, where its token still admits them."""

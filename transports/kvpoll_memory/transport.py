@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.spi import (
@@ -54,7 +55,12 @@ class MemoryTransport:
     )
 
     def __init__(
-        self, *, faults: Faults | None = None, steps: int | None = None, step_nbytes: int | None = None
+        self,
+        *,
+        faults: Faults | None = None,
+        steps: int | None = None,
+        step_nbytes: int | None = None,
+        costly_fence: bool = False,
     ) -> None:
         """Make a transport.
 
@@ -62,7 +68,10 @@ class MemoryTransport:
             faults: What shall go wrong; by default nothing.
             steps: Ticket steps per call of `completions()`; None does all there is to do.
             step_nbytes: Bytes per step; None takes a whole ticket at once.
+            costly_fence: Say that a fence hurts other rooms, so that it comes late or where nothing else helps.
         """
+        if costly_fence:
+            self.capabilities = replace(self.capabilities, fence=FenceKind.process)
         self.faults = Faults() if faults is None else faults
         self._steps = steps
         self._step_nbytes = step_nbytes
@@ -275,9 +284,11 @@ class MemoryLink:
             if not plan.reading:
                 self._owner.snapshot(ticket)
             self._late.append(ticket)
-            self._end(ticket, Failed(ticket.number, plan.failure, quiescent=False, source_free=not plan.reading))
+            how = {"quiescent": False, "source_free": not plan.reading, "collateral": plan.collateral}
+            self._end(ticket, Failed(ticket.number, plan.failure, **how))
         elif problem is not None or plan.failure is not None:
-            self._end(ticket, Failed(ticket.number, problem or plan.failure or "", quiescent=True))
+            reason = problem or plan.failure or ""
+            self._end(ticket, Failed(ticket.number, reason, quiescent=True, collateral=plan.collateral))
         elif ticket.is_complete:
             self._end(ticket, Done(ticket.number))
         else:

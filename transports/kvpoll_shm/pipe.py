@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_shm import wire
-from kvpoll_shm.loop import Reactor
 
 __all__ = ["ENDED", "Owner", "Pipe", "Refused"]
 

@@ -11,12 +11,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_shm import hosts, wire
 from kvpoll_shm.copying import SLICE_NBYTES, Copying, Landing
 from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
-from kvpoll_shm.loop import Reactor
 from kvpoll_shm.pipe import Pipe, Refused
 from kvpoll_shm.settings import ShmSettings
 from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Orders, Proof, Ready, Regions, Verdict

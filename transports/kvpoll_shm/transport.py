@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from kvpoll_common.grants import Grants
+from kvpoll_common.loop import Loop, Reactor
 from kvpoll_common.outbox import Outbox
 from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
 from kvpoll_fsm.errors import InvalidInput, KvpollError, TransportUnavailable
@@ -24,7 +25,6 @@ from kvpoll_shm import hosts, wire
 from kvpoll_shm.copying import Landing
 from kvpoll_shm.handshake import new_identity, read_descriptor
 from kvpoll_shm.link import ShmLink
-from kvpoll_shm.loop import Loop, Reactor
 from kvpoll_shm.receiver import Listener
 from kvpoll_shm.sender import Gathering, Lane, Sources
 from kvpoll_shm.settings import ShmSettings
@@ -70,7 +70,7 @@ class ShmTransport:
         self._outbox = Outbox()
         self._grants = Grants(self._outbox, self.name)
         self._grants.refusals = Refusals(self.name, _log)
-        self._loop = Loop()
+        self._loop = Loop("shm")
         self._reactor = Reactor(self._wake_in)
         self._links: list[ShmLink] = []
         self._numbers = (itertools.count(), itertools.count())  # of links, of tickets

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
-from kvpoll_fsm.errors import AddressError, InvalidInput
+from kvpoll_common.addresses import require_reachable, split_advertised
+from kvpoll_fsm.errors import InvalidInput
 from kvpoll_tcp.contexts import Contexts, check_contexts
 
 __all__ = ["TcpSettings"]
@@ -99,38 +99,3 @@ def _are_ports(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_number(port, int) for port in value):
         return False
     return bool(0 < value[0] <= value[1] < 1 << 16)
-
-
-def require_reachable(host: str, advice: str) -> None:
-    """Refuse an address that nobody could connect to; a name passes.
-
-    Raises:
-        AddressError: Empty, a wildcard or multicast.
-    """
-    try:
-        address = ipaddress.ip_address(host or "0.0.0.0")
-    except ValueError:
-        return
-    if address.is_unspecified or address.is_multicast:
-        raise AddressError(host, f"nobody can connect to it: {advice}")
-
-
-def split_advertised(text: str) -> tuple[str, int | None]:
-    """Read `host`, `host:port`, `[IPv6]:port` or a bare IPv6 address.
-
-    Raises:
-        AddressError: None of these.
-    """
-    host, port = text, ""
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or (rest and not rest.startswith(":")):
-            raise AddressError(text, "write [IPv6]:port")
-        port = rest[1:]
-    elif text.count(":") == 1:
-        host, _, port = text.partition(":")
-    if not port:
-        return host, None
-    if not port.isascii() or not port.isdigit() or len(port) > 5 or not 0 < int(port) < 1 << 16:
-        raise AddressError(text, f"{port!r} is no port")
-    return host, int(port)

@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kvpoll_fsm.errors import TransportUnavailable
-from kvpoll_tcp.settings import TcpSettings, require_reachable, split_advertised
+from kvpoll_tcp.settings import TcpSettings
 
 __all__ = [
     "Broken",
@@ -25,9 +24,7 @@ __all__ = [
     "Refused",
     "Sock",
     "advance",
-    "advertised",
     "connect",
-    "listen",
     "prepare",
     "receive_exactly",
     "receive_timeout",
@@ -129,60 +126,6 @@ class Plug:
             sock, self._socket = self._socket, None
         if sock is not None:
             sock.close()
-
-
-def listen(settings: TcpSettings) -> socket.socket:
-    """Open the port that peers connect to.
-
-    Raises:
-        TransportUnavailable: The address is not this machine's, or every port is taken.
-    """
-    low, high = settings.data_ports or (0, 0)
-    problem = ""
-    for port in range(low, high + 1):
-        try:
-            return _listen_on(settings.host, port)
-        except OSError as error:
-            ports = f" ports {low} to {high}" if high else ""
-            problem = f"cannot listen on {settings.host or 'any address'}{ports}: {error.strerror or error}"
-    raise TransportUnavailable("tcp", problem, "give another host= or data_ports=")
-
-
-def _listen_on(host: str, port: int) -> socket.socket:
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, _, _, address = found[0]
-    sock = socket.socket(family, kind)
-    try:
-        sock.setblocking(True)  # whatever socket.setdefaulttimeout() says
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-        sock.listen(128)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def advertised(listening: socket.socket, settings: TcpSettings) -> tuple[str, int]:
-    """Where peers reach a listening socket, the address in numbers.
-
-    Raises:
-        AddressError: The name given stands for an address nobody could connect to.
-        TransportUnavailable: The name given stands for nothing.
-    """
-    host, port = listening.getsockname()[:2]
-    if settings.advertise is not None:
-        name, other_port = split_advertised(settings.advertise)
-        port = other_port or port
-        try:
-            host = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
-        except OSError as error:
-            problem = f"cannot resolve {name!r}: {error.strerror or error}"
-            raise TransportUnavailable("tcp", problem, "give an address as advertise=") from error
-    require_reachable(str(host), "tell peers where with advertise=")
-    return str(host), int(port)
 
 
 def connect(plug: Plug, host: str, port: int, settings: TcpSettings) -> socket.socket:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from kvpoll_common.addresses import advertised, listen
 from kvpoll_common.grants import Grants
 from kvpoll_common.outbox import Outbox
 from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
@@ -24,7 +25,6 @@ from kvpoll_tcp.lane import Lane, Shared
 from kvpoll_tcp.link import LinkStatus, TcpLink
 from kvpoll_tcp.receiver import Landing, Listener
 from kvpoll_tcp.settings import TcpSettings
-from kvpoll_tcp.sockets import advertised, listen
 from kvpoll_tcp.watch import Watch
 from kvpoll_tcp.wire import WRITER_NBYTES
 
@@ -50,6 +50,7 @@ class TcpTransport:
         reports_progress=True,
         integrity=False,
         cuda=False,
+        listens=True,
     )
 
     def __init__(self, **settings: Any) -> None:
@@ -96,13 +97,14 @@ class TcpTransport:
         atexit.register(self.close)
 
     def _open(self, undo: contextlib.ExitStack) -> None:
-        listening = undo.enter_context(listen(self._settings))
+        settings = self._settings
+        listening = undo.enter_context(listen(self.name, settings.host, settings.data_ports))
         undo.callback(self._outbox.close)
         self._watch.open()
         undo.callback(self._watch.close)
         self._watch.add(self._outbox.open())
-        tls = b"" if self._settings.tls is None else fingerprint_of(self._settings.tls[0])
-        self._identity = new_identity(*advertised(listening, self._settings), tls)
+        tls = b"" if settings.tls is None else fingerprint_of(settings.tls[0])
+        self._identity = new_identity(*advertised(self.name, listening, settings.advertise), tls)
         self._listener = Listener(self._identity, Landing(self._regions, self._grants), self._settings, self._crew)
         self._listener.start(listening)
 

@@ -16,8 +16,6 @@ from typing import Protocol
 
 __all__ = ["Loop", "Reactor", "Watcher"]
 
-_log = logging.getLogger("kvpoll_shm")
-
 Task = Callable[[], None]
 Step = Callable[[], bool]
 """Does a piece of work; whether there is more."""
@@ -138,9 +136,15 @@ class Loop:
         failure: Why the thread ended before its time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str) -> None:
+        """Store what is needed.
+
+        Args:
+            transport: Its name, for the thread and the log.
+        """
         self.reactor = Reactor()
         self.failure: BaseException | None = None
+        self._transport = transport
         self._lock = threading.Lock()
         self._tasks: deque[Task] = deque()
         self._thread: threading.Thread | None = None
@@ -155,7 +159,7 @@ class Loop:
         """
         self.reactor.open()
         # A daemon, so that a program that forgets to close the transport can exit; atexit closes it then.
-        thread = threading.Thread(target=self._run, name="kvpoll-shm", daemon=True)
+        thread = threading.Thread(target=self._run, name=f"kvpoll-{self._transport}", daemon=True)
         self._running = True
         try:
             thread.start()
@@ -191,7 +195,8 @@ class Loop:
                 self._run_tasks()
             self._run_tasks()
         except BaseException as error:  # nobody may wait for a thread that has died silently
-            _log.error("the shm transport's thread failed:\n%s", traceback.format_exc())
+            log = logging.getLogger(f"kvpoll_{self._transport}")
+            log.error("the %s transport's thread failed:\n%s", self._transport, traceback.format_exc())
             with self._lock:
                 self._running = False
             self.failure = error

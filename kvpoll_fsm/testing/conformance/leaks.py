@@ -1,0 +1,80 @@
+"""Nothing is left behind: no file descriptor, no thread, no process."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from kvpoll_fsm.spi import Write
+from kvpoll_fsm.testing.conformance.base import Base
+from kvpoll_fsm.testing.conformance.fencing import first_byte
+from kvpoll_fsm.testing.conformance.sides import HUGE, Pair, footprint, offspring, until
+
+__all__ = ["Leaks"]
+
+
+class Leaks(Base):
+    """What is there after `close` is what was there before `start`."""
+
+    @pytest.mark.parametrize("how", ["unused", "used", "busy"])
+    def test_close_leaves_nothing_behind(self, how: str) -> None:
+        """No file descriptor, thread or process; whatever was under way."""
+        self._life(how)  # what is made once for all is no leak
+        before, children = footprint(), offspring()
+        self._life(how)
+        assert footprint() == before
+        until(lambda: offspring() <= children, "the end of its processes", self.within_s)
+
+    def test_closed_links_leave_nothing_behind(self) -> None:
+        """A link that is closed while its transport lives lets go of what it had."""
+        pair = Pair(self.side(filled=True), self.side())
+        fds, threads = map(len, footprint())
+        for _ in range(30):
+            link = pair.tx.connect(pair.rx)
+            pair.up(link)
+            pair.done(link.submit([Write(0, 0, 0, 1)], pair.rx.grant()))
+            link.close()
+        pair.until(lambda: len(footprint()[0]) < fds + 10, "file descriptors of closed links to be closed")
+        pair.until(lambda: len(footprint()[1]) < threads + 10, "threads of closed links to end")
+        pair.close()
+
+    def test_what_it_opens_is_not_inherited(self) -> None:
+        """A program that the host starts gets none of its file descriptors: they are closed on exec."""
+        before = _open_fds()
+        pair = Pair(self.side(filled=True), self.side())
+        link = pair.tx.connect(pair.rx)
+        pair.up(link)
+        inherited = [os.readlink(f"/proc/self/fd/{fd}") for fd in _open_fds() - before if os.get_inheritable(fd)]
+        assert not inherited
+        pair.close()
+
+    def test_threads_of_its_own_have_names(self) -> None:
+        """So that whoever looks at a process knows whose they are; and the program need not wait for them."""
+        before = set(threading.enumerate())
+        pair = Pair(self.side(), self.side())
+        pair.up(pair.tx.connect(pair.rx))
+        started = set(threading.enumerate()) - before
+        assert not [thread for thread in started if thread.name.startswith("Thread-")], started
+        pair.close()
+
+    def _life(self, how: str) -> None:
+        """From start to close."""
+        pair = Pair(self.side(filled=True), self.side())
+        if how != "unused":
+            self._use(pair, how == "busy")
+        pair.close()
+
+    def _use(self, pair: Pair, is_busy: bool) -> None:
+        """Write, and leave more under way."""
+        link, token = pair.tx.connect(pair.rx), pair.rx.grant()
+        pair.done(link.submit([Write(0, 0, 1, 1)], token))
+        if is_busy:
+            for _ in range(min(6, pair.tx.transport.capabilities.max_outstanding)):
+                link.submit(HUGE[:1], token)
+            first_byte(pair)
+
+
+def _open_fds() -> set[int]:
+    return {int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}

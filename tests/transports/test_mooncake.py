@@ -1,0 +1,11 @@
+"""What every transport must do, done by Mooncake."""
+
+from __future__ import annotations
+
+from kvpoll_fsm.testing.conformance import TransportSuite
+from kvpoll_mooncake import MooncakeTransport
+
+
+class TestMooncake(TransportSuite):
+    def make(self) -> MooncakeTransport:
+        return MooncakeTransport()

@@ -1,0 +1,176 @@
+"""The sender's end of the connection between two adapters: reaches the peer's, proves itself, notices silence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from kvpoll_common.loop import Reactor
+from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_mooncake import wire
+from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_mooncake.settings import MooncakeSettings
+from kvpoll_mooncake.stream import Refused, Stream
+from kvpoll_mooncake.wire import Hello, Message, Ping, Proof
+
+__all__ = ["Caller", "Hearer"]
+
+
+class Hearer(Protocol):
+    """Whom the connection belongs to."""
+
+    def proved(self) -> None:
+        """Both sides have proved themselves: questions may be asked."""
+        ...
+
+    def told(self, message: Message) -> None:
+        """The peer's adapter says something.
+
+        Raises:
+            MalformedMessage: It should not.
+        """
+        ...
+
+    def hung_up(self, reason: str) -> None:
+        """The connection has ended, or the peer's adapter has been silent for too long."""
+        ...
+
+    def is_waiting(self) -> bool:
+        """Something has been asked and not been answered: silence counts."""
+        ...
+
+
+class Caller:
+    """One connection. Used by the reactor's thread alone."""
+
+    def __init__(
+        self, reactor: Reactor, peer: Descriptor, writer: bytes, settings: MooncakeSettings, hearer: Hearer
+    ) -> None:
+        """Store what is needed.
+
+        Args:
+            reactor: The thread's.
+            peer: Whom we mean.
+            writer: The number of our transport.
+            settings: How long things may take.
+            hearer: Whom the connection belongs to.
+        """
+        self._reactor = reactor
+        self._peer = peer
+        self._writer = writer
+        self._settings = settings
+        self._hearer = hearer
+        self._stream: Stream | None = None
+        self._hellos: list[Hello] = []
+        self._expect: Callable[[Message], None] = self._on_hello
+        self._heard_at = 0.0
+        self._pinged = False
+
+    def open(self) -> None:
+        """Reach the peer's adapter.
+
+        Raises:
+            OSError: There is no way to it, or no socket to be had.
+        """
+        flags = socket.AI_NUMERICHOST
+        found = socket.getaddrinfo(self._peer.host, self._peer.port, type=socket.SOCK_STREAM, flags=flags)
+        family, kind, _, _, address = found[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(address)
+        except OSError:
+            sock.close()
+            raise
+        self._stream = Stream(self._reactor, sock, self, wire.FRAME_NBYTES)
+        self._hellos = [hello(self._peer.incarnation, self._writer)]
+        self._stream.send(wire.encode(self._hellos[0]))
+        self._reactor.later(self._settings.connect_s, self._time_is_up)
+
+    def tell(self, message: Message) -> None:
+        """Say something."""
+        if self._stream is not None:
+            self._stream.send(wire.encode(message))
+
+    def close(self) -> None:
+        """End the connection; nobody is told. May be called twice."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def asked(self) -> None:
+        """Something was asked: from now on silence counts."""
+        if not self._pinged:
+            self._pinged = True
+            self._heard_at = time.monotonic()
+            self._reactor.later(self._settings.answer_s / 2, self._listen)
+
+    # What comes
+
+    def received(self, frame: bytes) -> None:
+        """The peer's adapter says something.
+
+        Raises:
+            MalformedMessage: It breaks the rules.
+            Refused: It is not the one we mean.
+        """
+        self._heard_at = time.monotonic()
+        self._expect(wire.decode(frame))
+
+    def ended(self, error: Exception) -> None:
+        """The connection is gone."""
+        self._stream = None
+        number = error.errno if isinstance(error, OSError) else None
+        self._hearer.hung_up(os.strerror(number) if number is not None else str(error))
+
+    def _on_hello(self, message: Message) -> None:
+        ours = self._hellos[0]
+        if not isinstance(message, Hello):
+            raise MalformedMessage("does not say hello")
+        if message.version != wire.VERSION:
+            raise Refused(f"the peer speaks version {message.version} of the wire format, we speak {wire.VERSION}")
+        if message.incarnation != self._peer.incarnation:
+            raise Refused("another transport answers at the peer's address: the peer was restarted")
+        self._hellos.append(message)
+        self._expect = self._on_proof
+        self.tell(prove(self._peer.secret, SENDER, ours, message))
+
+    def _on_proof(self, message: Message) -> None:
+        ours, theirs = self._hellos
+        if not isinstance(message, Proof) or not is_proof(message, self._peer.secret, RECEIVER, ours, theirs):
+            raise Refused("whoever answers at the peer's address does not know the peer's secret")
+        self._expect = self._on_message
+        self._hearer.proved()
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, Hello | Proof):
+            raise MalformedMessage("introduces itself twice")
+        if not isinstance(message, wire.Pong):
+            self._hearer.told(message)
+
+    def _time_is_up(self) -> None:
+        if self._stream is not None and self._expect != self._on_message:
+            self._give_up(f"the peer's adapter did not answer within {self._settings.connect_s:g} s")
+
+    def _listen(self) -> None:
+        """Look whether the peer has said anything; ask it to, before giving up."""
+        self._pinged = False
+        if self._stream is None or not self._hearer.is_waiting():
+            return
+        if time.monotonic() - self._heard_at >= self._settings.answer_s:
+            return self._give_up(f"the peer's adapter has been silent for {self._settings.answer_s:g} s")
+        heard_at = self._heard_at
+        self.tell(Ping())
+        self._pinged = True
+        self._heard_at = heard_at
+        self._reactor.later(self._settings.answer_s / 2, self._listen)
+
+    def _give_up(self, reason: str) -> None:
+        self.close()
+        self._hearer.hung_up(reason)

@@ -1,0 +1,244 @@
+"""The receiving side's desk: lets writers' adapters in, and passes on what they ask."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import socket
+from collections.abc import Callable
+
+from kvpoll_common.loop import Reactor
+from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_fsm.refusals import Refusals
+from kvpoll_mooncake import wire
+from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_mooncake.keeper import Keeper, Visit
+from kvpoll_mooncake.settings import MooncakeSettings
+from kvpoll_mooncake.stream import Refused, Stream
+from kvpoll_mooncake.wire import Ask, Doubt, Hello, Message, Over, Ping, Pong, Proof
+
+__all__ = ["Reception"]
+
+_log = logging.getLogger("kvpoll_mooncake")
+
+_PAUSE_S = 0.1
+UNFINISHED = "left, or took too long, before the handshake was over"
+
+
+class Reception:
+    """The socket that writers' adapters connect to, and all who did. Used by the reactor's thread alone.
+
+    Attributes:
+        keeper: Has the engine; set before `start`.
+        refusals: Whom and what was turned away.
+    """
+
+    def __init__(self, identity: Descriptor, settings: MooncakeSettings, reactor: Reactor, refusals: Refusals) -> None:
+        """Store what is needed."""
+        self.identity = identity
+        self.settings = settings
+        self.reactor = reactor
+        self.refusals = refusals
+        self.keeper: Keeper | None = None
+        self._listening: socket.socket | None = None
+        self._strangers: dict[Visitor, None] = {}  # in order of arrival
+        self._known: set[Visitor] = set()
+
+    def start(self, listening: socket.socket) -> None:
+        """Begin to accept; the socket is ours from here on."""
+        listening.setblocking(False)
+        self._listening = listening
+        self.reactor.watch(listening.fileno(), select.EPOLLIN, self)
+
+    def stop(self) -> None:
+        """End the socket and all connections."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            self.reactor.unwatch(listening.fileno())
+            listening.close()
+        for visitor in [*self._strangers, *self._known]:
+            visitor.close()
+
+    def tell_all(self, message: Message) -> None:
+        """Tell all writers."""
+        for visitor in list(self._known):
+            visitor.tell(message)
+
+    def ready(self, mask: int) -> None:
+        """Somebody wants to connect."""
+        if self._listening is None:
+            return
+        try:
+            sock, address = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno == errno.ECONNABORTED:
+                return
+            # Out of file descriptors, as a rule: some will come free.
+            self.refusals.add("a connection cannot be accepted", str(error))
+            self.reactor.unwatch(self._listening.fileno())
+            self.reactor.later(_PAUSE_S, self._resume)
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self._strangers) >= self.settings.max_strangers:
+            next(iter(self._strangers)).ended(Refused("too many that have not proved themselves"))
+        self._strangers[Visitor(self, sock, str(address[0]))] = None
+
+    def admit(self, visitor: Visitor) -> None:
+        """A stranger has proved himself.
+
+        Raises:
+            Refused: There are too many already.
+        """
+        if len(self._known) >= self.settings.max_connections:
+            raise Refused("too many connections", f"{len(self._known)} are open")
+        self._strangers.pop(visitor, None)
+        self._known.add(visitor)
+
+    def forget(self, visitor: Visitor) -> None:
+        """A connection has ended."""
+        self._strangers.pop(visitor, None)
+        self._known.discard(visitor)
+        if self.keeper is not None:
+            self.keeper.forget(visitor)
+
+    def _resume(self) -> None:
+        if self._listening is not None:
+            self.reactor.watch(self._listening.fileno(), select.EPOLLIN, self)
+
+
+class Visitor:
+    """One connection: the handshake, then questions.
+
+    Attributes:
+        writer: The number of the transport that he is.
+    """
+
+    def __init__(self, reception: Reception, sock: socket.socket, address: str) -> None:
+        self.writer = b""
+        self._reception = reception
+        self._address = address
+        self._closed = False
+        self._expect: Callable[[Message], None] = self._on_hello
+        self._theirs: Hello | None = None
+        self._ours = hello(reception.identity.incarnation)
+        self._visits: dict[int, Visit] = {}
+        self._asked: set[int] = set()
+        self._stream = Stream(reception.reactor, sock, self, wire.FRAME_NBYTES)
+        reception.reactor.later(reception.settings.connect_s, self._time_is_up)
+
+    def received(self, frame: bytes) -> None:
+        """What the writer's adapter says.
+
+        Raises:
+            MalformedMessage: It breaks the rules.
+            Refused: It is not to be dealt with.
+        """
+        self._expect(wire.decode(frame))
+
+    def ended(self, error: Exception) -> None:
+        """The connection is gone, or is to end."""
+        if self._expect != self._on_message:
+            reason = error.reason if isinstance(error, Refused) else UNFINISHED
+            if isinstance(error, MalformedMessage):
+                reason = "does not speak our protocol"
+            level = logging.INFO if reason == UNFINISHED else logging.WARNING
+            self._reception.refusals.add(reason, f"{self._address}: {error}", level)
+        elif isinstance(error, (MalformedMessage, Refused)):
+            self._reception.refusals.add("broke the rules of the protocol", f"{self._address}: {error}")
+        self.close()
+
+    def close(self) -> None:
+        """End the connection. What the writer has under way may land all the same."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stream.close()
+        self._reception.forget(self)
+
+    # Answers
+
+    def tell(self, message: Message) -> None:
+        """Answer him."""
+        if isinstance(message, wire.No):
+            self._asked.discard(message.ticket)
+        self._stream.send(wire.encode(message))
+
+    def entered(self, visit: Visit) -> None:
+        """He may write."""
+        self._asked.discard(visit.ticket)
+        self._visits[visit.ticket] = visit
+
+    def left(self, visit: Visit) -> None:
+        """He may not any more, and cannot."""
+        self._visits.pop(visit.ticket, None)
+
+    # What he says
+
+    def _on_hello(self, message: Message) -> None:
+        if not isinstance(message, Hello):
+            raise MalformedMessage("does not say hello")
+        # Answered even where we part ways, so that the visitor can say why.
+        self.tell(self._ours)
+        if message.version != wire.VERSION:
+            raise Refused("speaks another version of the wire format", f"{message.version}, we speak {wire.VERSION}")
+        if message.incarnation != self._ours.incarnation:
+            raise Refused("means another start of this endpoint, or another endpoint")
+        self._theirs, self._expect = message, self._on_proof
+
+    def _on_proof(self, message: Message) -> None:
+        secret, theirs = self._reception.identity.secret, self._theirs
+        if not isinstance(message, Proof) or theirs is None:
+            raise MalformedMessage("shows no proof")
+        if not is_proof(message, secret, SENDER, theirs, self._ours):
+            raise Refused("does not know our secret")
+        self._reception.admit(self)
+        self.writer = theirs.writer
+        self._expect = self._on_message
+        self.tell(prove(secret, RECEIVER, theirs, self._ours))
+        if self._reception.keeper is not None and self._reception.keeper.current is not None:
+            self.tell(self._reception.keeper.current)
+
+    def _on_message(self, message: Message) -> None:
+        keeper = self._reception.keeper
+        if keeper is None:
+            return
+        if isinstance(message, Ask):
+            self._ask(keeper, message)
+        elif isinstance(message, Over):
+            self._over(keeper, message)
+        elif isinstance(message, Doubt):
+            if keeper.current is not None and keeper.current.number == message.engine:
+                keeper.doubt(self)
+        elif isinstance(message, Ping):
+            self.tell(Pong())
+        else:
+            raise MalformedMessage("says what only a receiver says")
+
+    def _ask(self, keeper: Keeper, ask: Ask) -> None:
+        if ask.ticket in self._visits or ask.ticket in self._asked:
+            raise MalformedMessage("asks twice for a ticket")
+        if len(self._visits) + len(self._asked) >= 2 * wire.MAX_TICKETS:
+            raise MalformedMessage("asks for too many tickets at once")
+        wire.unpack_ranges(ask.ranges)
+        self._asked.add(ask.ticket)
+        keeper.ask(self, ask)
+
+    def _over(self, keeper: Keeper, over: Over) -> None:
+        """A ticket has ended; one whose engine has ended before is none of ours any more."""
+        visit = self._visits.get(over.ticket)
+        if visit is None:
+            self._asked.discard(over.ticket)
+            keeper.withdraw(self, over.ticket)
+        elif over.quiescent:
+            del self._visits[over.ticket]
+            keeper.leave(visit)
+        else:
+            keeper.doubt(None)
+
+    def _time_is_up(self) -> None:
+        if self._expect != self._on_message and not self._closed:
+            self.ended(Refused(UNFINISHED))
