@@ -11,21 +11,9 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from kvpoll_fsm import inputs, messages
+from kvpoll_fsm import commands, inputs, messages
 from kvpoll_fsm.blocks import BlockAccounts, BlockLoad
 from kvpoll_fsm.breaker import Breakers
-from kvpoll_fsm.commands import (
-    CancelTimer,
-    Command,
-    Fence,
-    Grant,
-    Preflight,
-    Regrant,
-    Release,
-    Send,
-    SetTimer,
-    StartPart,
-)
 from kvpoll_fsm.connection import UNSEEN, Connection, Origin
 from kvpoll_fsm.effects import Changed, Do, Effect, Hangup, Outbox, Transmit
 from kvpoll_fsm.errors import FailureCode, LimitReached
@@ -365,23 +353,23 @@ class EndpointCore:
         while self._peers.overflowed:
             self.end(*self._peers.overflowed.popitem())
 
-    def _carry_out(self, key: RoomKey, session: Session, command: Command) -> None:
-        if isinstance(command, Send):
+    def _carry_out(self, key: RoomKey, session: Session, command: commands.Command) -> None:
+        if isinstance(command, commands.Send):
             self._router.send(session, command)
-        elif isinstance(command, (SetTimer, CancelTimer)):
+        elif isinstance(command, (commands.SetTimer, commands.CancelTimer)):
             self._out.timer(key, command)
-        elif isinstance(command, Grant):
+        elif isinstance(command, commands.Grant):
             self._lessor.grant(key, session.state, command)
-        elif isinstance(command, Regrant):
+        elif isinstance(command, commands.Regrant):
             self._lessor.regrant(key, command)
-        elif isinstance(command, Release):
+        elif isinstance(command, commands.Release):
             self._lessor.release(key, command)
-        elif isinstance(command, Preflight):
+        elif isinstance(command, commands.Preflight):
             self.breakers.preflight(key, command)
-        elif isinstance(command, StartPart):
+        elif isinstance(command, commands.StartPart):
             self.breakers.start(key, command)
         else:
-            if isinstance(command, Fence) and not command.force:
+            if isinstance(command, commands.Fence) and not command.force:
                 self._lessor.quarantine(key, command.part)
             self._out.emit(Do(key, command))
 

@@ -548,7 +548,7 @@ def test_pain_13_a_transport_that_breaks_is_given_up_and_the_others_go_on(
     """At the receiver the write is known to be over; the sender has to ask it, as it cannot say. The part goes on."""
     faults = Faults()
     faults.hold(0)
-    with nothing_left(), pair("prefer:memory,tcp", faults=faults, deadlines=deadlines(stall_s=1.0)) as (tx, rx):
+    with nothing_left(), pair("prefer:memory,tcp", faults=faults) as (tx, rx):
         sender, receiver = open_pair(tx, rx, 1)
         sender.send(make_data(64))
         until(lambda: faults.submitted)
