@@ -128,7 +128,7 @@ class Breakers:
         if slot is None or session is None or event.shut:
             return
         place, attempt = (slot.conn, event.transport), (key, event.rank, event.part, event.attempt)
-        counts = not (event.collateral or session.state.is_terminal)
+        counts = not (event.collateral or event.ours or session.state.is_terminal)
         if event.ok:
             self._got_through(place, attempt)
         else:
@@ -171,8 +171,9 @@ class Breakers:
 
     def timer(self, name: str, epoch: int) -> None:
         """A breaker has been open for its time."""
-        _, conn, transport = name.split(" ", 2)
-        place = (int(conn), transport)
+        kind, _, place_name = name.partition(" ")
+        conn, _, transport = place_name.partition(" ")
+        place = (int(conn), transport) if kind == BREAKER_TIMER else (0, "")
         breaker = self._by_place.get(place)
         if breaker is None or breaker.epoch != epoch or breaker.half_open:
             return
@@ -189,7 +190,7 @@ class Breakers:
         if place[0] not in self._rooms.by_conn:  # the connection has ended
             return
         least, most = self._deadlines.breaker_s, self._deadlines.breaker_max_s
-        wait_s = least if before is None else min(2 * before.wait_s, most)
+        wait_s = min(least if before is None else 2 * before.wait_s, most)
         self._epoch += 1
         breaker = self._by_place[place] = Breaker(cause, wait_s, self._epoch, blamed=blamed)
         self._out.timer(None, SetTimer(f"{BREAKER_TIMER} {place[0]} {place[1]}", wait_s, self._epoch))

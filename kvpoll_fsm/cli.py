@@ -52,12 +52,14 @@ def command() -> click.Command:
     """The whole command, as click has it."""
     import click
 
-    from kvpoll_fsm import cli_bench, cli_simulate, cli_tools
+    from kvpoll_fsm import cli_bench, cli_config, cli_local, cli_simulate, cli_tools
 
     group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
     group.add_command(_demo_command())
     group.add_command(_table_command())
     for tool in (cli_tools.keygen, cli_tools.check_trace, cli_tools.explore, cli_simulate.simulate, cli_bench.bench):
+        group.add_command(tool)
+    for tool in (cli_local.switch, cli_local.report, cli_config.config, cli_config.transports):
         group.add_command(tool)
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -25,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["FILE_VARIABLE", "Given", "Resolved", "resolve", "settle"]
+__all__ = ["FILE_VARIABLE", "Given", "Resolved", "resolve", "settle", "shown"]
 
 log = logging.getLogger("kvpoll_fsm")
 FILE_VARIABLE = "KVPOLL_CONFIG"
@@ -65,13 +66,13 @@ def settle(settings: Mapping[str, Any], file: str | Path | None) -> Config:
         ConfigError: The file or a variable has something that cannot be used.
         InvalidInput: The constructor was given something that cannot be used.
     """
-    resolved = resolve(settings, file, os.environ)
+    resolved = resolve(settings, file)
     for line in resolved.unknown:
         log.warning("%s", line)
     return resolved.config
 
 
-def resolve(settings: Mapping[str, Any], file: str | Path | None, environ: Mapping[str, str]) -> Resolved:
+def resolve(settings: Mapping[str, Any], file: str | Path | None, environ: Mapping[str, str] = os.environ) -> Resolved:
     """What holds, and where it comes from. Raises as `settle`."""
     variables, unknown = _of_environment(environ)
     path = file if file is not None else environ.get(FILE_VARIABLE)
@@ -150,9 +151,9 @@ def _fitting(source: str, key: Key, value: object) -> object:
     setting = SETTINGS.get(key)
     if setting is None:
         names = [*map(".".join, SETTINGS), OPTIONS]
-        raise ConfigError(source, ".".join(key), _shown(key, value), "there is no such setting" + _near(key, names))
+        raise ConfigError(source, ".".join(key), shown(key, value), "there is no such setting" + _near(key, names))
     if not setting.kind.fits(value):
-        raise ConfigError(source, ".".join(key), _shown(key, value), f"give {setting.kind.wanted}")
+        raise ConfigError(source, ".".join(key), shown(key, value), f"give {setting.kind.wanted}")
     return value
 
 
@@ -199,7 +200,7 @@ def _read(name: str, key: Key, text: str) -> object:
     try:
         return kind.read(text)
     except (ValueError, KeyError):
-        raise ConfigError("environment", name, _shown(key, text), f"give {kind.wanted}") from None
+        raise ConfigError("environment", name, shown(key, text), f"give {kind.wanted}") from None
 
 
 def _value(text: str) -> object:
@@ -225,7 +226,7 @@ def _checked(given: dict[Key, Given]) -> Config:
     found = given[blamed]
     source, _, name = found.source.partition(" ")
     place = (found.source, ".".join(blamed)) if source == "file" else ("environment", name)
-    raise ConfigError(*place, _shown(blamed, found.value), problem)
+    raise ConfigError(*place, shown(blamed, found.value), problem)
 
 
 def _blame(given: dict[Key, Given], error: InvalidInput) -> Key | None:
@@ -260,8 +261,11 @@ def _config(given: Mapping[Key, Given]) -> Config:
 
 
 SECRET = ("secret", "password", "passwd", "token")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 
 
-def _shown(key: Key, value: object) -> object:
-    """A value as it may be seen by anybody."""
-    return "(hidden)" if any(word in key[-1].lower() for word in SECRET) else value
+def shown(key: Key, value: Any) -> Any:
+    """A value as anybody may see it."""
+    if any(word in key[-1].lower() for word in SECRET):
+        return "(hidden)"
+    return _PASSWORD.sub("(hidden)@", value) if isinstance(value, str) else value

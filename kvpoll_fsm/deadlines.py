@@ -124,8 +124,6 @@ class Deadlines:
                 f"peer_lost_s={self.peer_lost_s:g} must exceed heartbeat_s={self.heartbeat_s:g}, "
                 "or every idle peer counts as lost"
             )
-        if self.breaker_max_s < self.breaker_s:
-            raise InvalidInput(f"breaker_max_s={self.breaker_max_s:g} is below breaker_s={self.breaker_s:g}")
 
     def of(self, state: KVPoll, gate: Gate) -> float:
         """Seconds a room in `state` may wait at `gate`.

@@ -133,12 +133,8 @@ class Driver:
             self._open(incarnation)
             go()
         except BaseException:
-            self._console.close()
-            self._control.close()
-            self.carriers.close()
-            self._workers.close()
-            self._inbox.close()
-            self.recorder.close()
+            for each in (self._console, self._control, self.carriers, self._workers, self._inbox, self.recorder):
+                each.close()
             self.pool.unclaim()
             raise
 

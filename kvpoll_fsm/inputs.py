@@ -181,6 +181,7 @@ class PartWritten(Struct, frozen=True):
         quiescent: No write can land any more (always so when `ok`).
         source_free: The source is not read any more.
         collateral: It failed through no fault of the transport's and may be tried there again.
+        ours: It failed before a transport had any part in it.
         shut: Nothing was written: the transport's breaker is open.
     """
 
@@ -194,6 +195,7 @@ class PartWritten(Struct, frozen=True):
     checksum: bytes | None = None
     attempt: int = 0
     collateral: bool = False
+    ours: bool = False
     shut: bool = False
 
 

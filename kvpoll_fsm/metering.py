@@ -6,6 +6,7 @@ shows, though the room went on by another and ended in Success.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -53,11 +54,8 @@ class Histogram:
         """What that share of the durations do not exceed; None if there are none."""
         if not self.count:
             return None
-        wanted, seen = math.ceil(share * self.count), 0
-        for place, count in enumerate(self._buckets):
-            seen += count
-            if seen >= wanted:
-                break
+        reached = itertools.accumulate(self._buckets)
+        place = next(place for place, seen in enumerate(reached) if seen >= share * self.count)
         middle_s: float = self.LEAST_S * 2 ** ((place + 0.5) / self.PER_OCTAVE)
         return min(middle_s, self.most_s)
 

@@ -6,24 +6,23 @@ Used by the driver's thread alone, but for `_prepare`, which runs on a worker.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.commands import CancelWrites, StartPart, Target
+from kvpoll_fsm.commands import CancelWrites, StartPart
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import KvpollError
 from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
-from kvpoll_fsm.layout import Extent, plan_runs, runs
+from kvpoll_fsm.layout import plan_runs, runs
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.session import RoomKey
-from kvpoll_fsm.sources import EngineBlocks, RoomSource, Runs, StagedElsewhere, Unreadable
-from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Transport, Write
+from kvpoll_fsm.sources import EngineBlocks, RoomSource, StagedElsewhere, Unreadable
+from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Done, Failed, Link, Quiesced, Transport
 from kvpoll_fsm.spi import Progress as TicketProgress
 from kvpoll_fsm.staging import checksum_runs, stage
+from kvpoll_fsm.writings import Lane, Prepared, Ticket, Writing, batches, cancel_all
 
-__all__ = ["Outgoing", "Submit", "batches"]
+__all__ = ["Outgoing", "Submit"]
 
 log = logging.getLogger("kvpoll_fsm")
 Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int], None]
@@ -31,55 +30,6 @@ Submit = Callable[[RoomKey, Callable[[], object], Callable[[object], None], int]
 
 A worker does it, unless it concerns very few bytes: the number comes last.
 """
-
-
-@dataclass
-class _Prepared:
-    """A part that is ready to be written: where it lies, and its checksum if one is wanted."""
-
-    slots: Runs
-    room_block: int | None
-    checksum: bytes | None
-
-
-@dataclass
-class _Ticket:
-    """Bytes under one ticket: in all, and landed so far."""
-
-    nbytes: int
-    landed: int = 0
-
-
-@dataclass(eq=False)
-class _Writing:
-    """The writes of one part to one rank.
-
-    Attributes:
-        tickets: In flight.
-        loose: Ended, but may land still.
-        reading: Ended, but may read the source still. A subset of `loose` until the peer is gone.
-        collateral: All that failed did so through no fault of the transport's.
-    """
-
-    key: RoomKey
-    command: StartPart
-    target: Target
-    checksum: bytes | None = None
-    pending: deque[list[Write]] = field(default_factory=deque)
-    tickets: dict[int, _Ticket] = field(default_factory=dict)
-    loose: set[int] = field(default_factory=set)
-    reading: set[int] = field(default_factory=set)
-    failed: str = ""
-    collateral: bool = False
-    reported: bool = False
-
-
-@dataclass
-class _Lane:
-    """One link: the writings that have batches left for it, and how many tickets are in flight on it."""
-
-    queue: deque[_Writing] = field(default_factory=deque)
-    outstanding: int = 0
 
 
 class Outgoing:
@@ -114,16 +64,16 @@ class Outgoing:
         self._submit = submit
         self._feed = feed
         self._hashes = hashes
-        self._writings: dict[tuple[RoomKey, int], _Writing] = {}
-        self._by_ticket: dict[tuple[str, int], _Writing] = {}
-        self._lanes: dict[tuple[int, str], _Lane] = {}
+        self._writings: dict[tuple[RoomKey, int], Writing] = {}
+        self._by_ticket: dict[tuple[str, int], Writing] = {}
+        self._lanes: dict[tuple[int, str], Lane] = {}
         self._landed: dict[RoomKey, int] = {}
         self._loose: dict[RoomKey, set[tuple[str, int]]] = {}
 
     def start(self, key: RoomKey, command: StartPart) -> None:
         """Begin to move a part to its targets; each is answered by one PartWritten, whatever goes wrong."""
         for target in command.targets:
-            self._writings[key, target.rank] = _Writing(key, command, target)
+            self._writings[key, target.rank] = Writing(key, command, target)
         source = self.sources.get(key)
         if isinstance(source, StagedElsewhere) and command.attempt == 0:
             self._elsewhere(key, command, source)
@@ -156,12 +106,12 @@ class Outgoing:
         if writing is not None and (writing.command.part, writing.command.attempt) == (command.part, command.attempt):
             self._cancel(writing, command.why)
 
-    def _cancel(self, writing: _Writing, why: str) -> None:
+    def _cancel(self, writing: Writing, why: str) -> None:
         self._give_up(writing, why)
         place = (writing.target.conn, writing.target.transport)
         link, lane = self._links.get(*place), self._lanes.get(place)
         if link is not None:
-            _cancel_all(link, writing.tickets)
+            cancel_all(link, writing.tickets)
         if lane is not None and writing in lane.queue:
             self._finish(writing)  # perhaps none of its tickets is out, whose end would report it
 
@@ -217,12 +167,12 @@ class Outgoing:
         """Nothing is being written."""
         return not self._writings and not self._by_ticket
 
-    def _of(self, key: RoomKey) -> list[_Writing]:
+    def _of(self, key: RoomKey) -> list[Writing]:
         return [writing for (other, _), writing in self._writings.items() if other == key]
 
     # Staging and hashing, on a worker
 
-    def _prepare(self, key: RoomKey, command: StartPart) -> _Prepared:
+    def _prepare(self, key: RoomKey, command: StartPart) -> Prepared:
         source = self.sources[key]
         first = command.part == 0
         if isinstance(source, EngineBlocks):
@@ -234,7 +184,7 @@ class Outgoing:
             room_block = command.blocks[0]
         wanted = any(self._hashes(target.transport) for target in command.targets)
         of_room = room_block if first else None
-        return _Prepared(slots, of_room, checksum_runs(self._pool, slots, of_room) if wanted else None)
+        return Prepared(slots, of_room, checksum_runs(self._pool, slots, of_room) if wanted else None)
 
     def _prepared(self, key: RoomKey, command: StartPart, result: object) -> None:
         if isinstance(result, Unreadable) and key in self.sources:
@@ -243,18 +193,20 @@ class Outgoing:
         for target in command.targets:
             writing = self._writings[key, target.rank]
             try:
-                if not isinstance(result, _Prepared):
+                if not isinstance(result, Prepared):
                     self._give_up(writing, f"staging failed: {result!r}")
+                    writing.ours = True
                 elif target.shut:
                     self._give_up(writing, target.shut)
                 elif not writing.failed:
                     self._plan(writing, result)
             except Exception as error:  # a grant that makes no sense ends this part, which must be reported
                 self._give_up(writing, f"{type(error).__name__}: {error}")
+                writing.ours = True
             if writing.failed:
                 self._finish(writing)
 
-    def _plan(self, writing: _Writing, prepared: _Prepared) -> None:
+    def _plan(self, writing: Writing, prepared: Prepared) -> None:
         """Turn the part into batches of writes, and queue them once the link works."""
         target, layout = writing.target, self._pool.layout
         writing.checksum = prepared.checksum if self._hashes(target.transport) else None
@@ -269,13 +221,13 @@ class Outgoing:
         offer = connection.offers.get(target.transport)
         self._links.reach(target.conn, offer, target.transport, lambda ok, why: self._reached(writing, ok, why))
 
-    def _reached(self, writing: _Writing, ok: bool, why: str) -> None:
+    def _reached(self, writing: Writing, ok: bool, why: str) -> None:
         lane = (writing.target.conn, writing.target.transport)
         if not ok:
             self._give_up(writing, why)
         if writing.failed:
             return self._finish(writing)
-        self._lanes.setdefault(lane, _Lane()).queue.append(writing)
+        self._lanes.setdefault(lane, Lane()).queue.append(writing)
         self._pump(lane)
 
     # Tickets
@@ -299,7 +251,7 @@ class Outgoing:
         if not lane.queue and not lane.outstanding:
             del self._lanes[place]
 
-    def _submit_batch(self, writing: _Writing, link: Link) -> bool:
+    def _submit_batch(self, writing: Writing, link: Link) -> bool:
         batch = writing.pending.popleft()
         transport = writing.target.transport
         try:
@@ -308,18 +260,18 @@ class Outgoing:
             self._give_up(writing, str(error) if isinstance(error, KvpollError) else repr(error))
             self._finish(writing)
             return False
-        writing.tickets[ticket] = _Ticket(sum(write.nbytes for write in batch))
+        writing.tickets[ticket] = Ticket(sum(write.nbytes for write in batch))
         self._by_ticket[transport, ticket] = writing
         return True
 
-    def _advance(self, writing: _Writing, ticket: _Ticket, landed: int) -> None:
+    def _advance(self, writing: Writing, ticket: Ticket, landed: int) -> None:
         grown = landed - ticket.landed
         if grown > 0:
             ticket.landed = landed
             total = self._landed[writing.key] = self._landed.get(writing.key, 0) + grown
             self._feed(writing.key, Progress(writing.command.part, total))
 
-    def _ended(self, writing: _Writing, transport: str, end: Done | Failed) -> None:
+    def _ended(self, writing: Writing, transport: str, end: Done | Failed) -> None:
         ticket = writing.tickets.pop(end.ticket)
         if isinstance(end, Failed):
             self._give_up(writing, end.reason, collateral=end.collateral)
@@ -335,19 +287,19 @@ class Outgoing:
         self._finish(writing)
         self._pump(place)
 
-    def _note_doubts(self, writing: _Writing, end: Failed) -> None:
+    def _note_doubts(self, writing: Writing, end: Failed) -> None:
         """Whether the ticket may land, and whether it may read its source, although it has ended."""
         if not end.quiescent and self._peers.get(writing.target.conn) is not None:
             writing.loose.add(end.ticket)
         if not end.source_free:
             writing.reading.add(end.ticket)
 
-    def _quiesced(self, writing: _Writing, transport: str, ticket: int) -> None:
+    def _quiesced(self, writing: Writing, transport: str, ticket: int) -> None:
         writing.loose.discard(ticket)
         writing.reading.discard(ticket)
         self._settle(writing, transport, ticket)
 
-    def _settle(self, writing: _Writing, transport: str, ticket: int) -> None:
+    def _settle(self, writing: Writing, transport: str, ticket: int) -> None:
         """Forget a ticket that ended before, if nothing is in doubt any more; the last one is told."""
         if ticket in writing.loose | writing.reading:
             return
@@ -357,12 +309,12 @@ class Outgoing:
             command = writing.command
             self._feed(writing.key, RankQuiesced(writing.target.rank, command.part, command.attempt))
 
-    def _give_up(self, writing: _Writing, why: str, *, collateral: bool = False) -> None:
+    def _give_up(self, writing: Writing, why: str, *, collateral: bool = False) -> None:
         writing.collateral = collateral and (writing.collateral or not writing.failed)
         writing.failed = writing.failed or why
         writing.pending.clear()
 
-    def _finish(self, writing: _Writing) -> None:
+    def _finish(self, writing: Writing) -> None:
         """Report the rank's writes if they have all ended."""
         if writing.pending or writing.tickets or writing.reported:
             return
@@ -380,31 +332,7 @@ class Outgoing:
             checksum=writing.checksum,
             attempt=command.attempt,
             collateral=writing.collateral,
+            ours=writing.ours,
             shut=bool(target.shut),
         )
         self._feed(writing.key, written)
-
-
-def _cancel_all(link: Link, tickets: Iterable[int]) -> None:
-    for ticket in tickets:
-        try:
-            link.cancel(ticket)
-        except Exception:  # the others must be cancelled too
-            log.exception("ticket %d cannot be cancelled", ticket)
-
-
-def batches(extents: list[Extent], most_nbytes: int, most_entries: int) -> Iterator[list[Write]]:
-    """Cut extents into batches of writes, each within both limits."""
-    batch: list[Write] = []
-    room = most_nbytes
-    for extent in extents:
-        done = 0
-        while done < extent.nbytes:
-            take = min(room, extent.nbytes - done)
-            batch.append(Write(extent.field, extent.src_offset + done, extent.dst_offset + done, take))
-            done, room = done + take, room - take
-            if not room or len(batch) == most_entries:
-                yield batch
-                batch, room = [], most_nbytes
-    if batch:
-        yield batch

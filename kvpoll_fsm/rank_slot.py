@@ -86,7 +86,8 @@ class RankSlot:
     def put_off(self, transport: str, why: str) -> None:
         """Try this transport only when nothing else is left."""
         self.drop(transport, why)
-        self.shut = (*self.shut, transport)
+        if not self.insist:
+            self.shut = (*self.shut, transport)
 
     def resort(self) -> bool:
         """Whether any transport is left to try; where nothing else is, those whose breakers are open."""

@@ -66,7 +66,8 @@ class Requests:
         """
         self._driver = driver
         self._guest = guest
-        self._choice = Choice(driver.config.policy, *(driver.config.canary or ()))
+        canary, share = driver.config.canary or (None, 0.0)
+        self._choice = Choice(driver.config.policy, canary, share)
 
     # Rooms
 

@@ -6,7 +6,14 @@ learns by `completions()` how each ticket ended. The receiver ends a token with 
 must know that nothing more lands.
 
 Nothing here blocks and everything is called from one thread, the driver's, unless a method says otherwise.
-A transport may run threads or processes of its own; what they find out is handed over by `completions()`.
+A transport may run threads or processes of its own; what they find out is handed over by `completions()`. Its
+threads hold up no end of the process, and its processes end with the one that started them, however that ended. Its
+file descriptors are closed on exec.
+
+A peer that stands still, dies or lies holds up the links to it alone: other links of the transport go on. So do other
+tokens, unless `Capabilities.fence` says what a fence costs.
+
+`kvpoll_fsm.testing.conformance` is this contract as tests.
 """
 
 from __future__ import annotations
@@ -48,9 +55,13 @@ class FenceKind(str, enum.Enum):
     """What a fence costs."""
 
     token = "token"
-    """Concerns the token alone and ends soon; used at once."""
+    """Concerns the token alone and ends soon; used at once. No other ticket fails by it and no link goes down."""
     process = "process"
-    """Hurts other rooms (a process is killed); used when the writer's word does not come in time."""
+    """Hurts other rooms (a process is killed); used when the writer's word does not come in time.
+
+    Other tickets, of either direction, may end `Failed` with `collateral`, and links go down. New links to the same
+    descriptors work again soon.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +70,8 @@ class Capabilities:
 
     Attributes:
         scatter_entries: Most writes in one submit.
-        max_outstanding: Most tickets in flight per link.
-        cancellable: `cancel` may end a ticket early.
+        max_outstanding: Most tickets in flight per link: so many may be submitted at once.
+        cancellable: `cancel` ends a ticket early, if it comes in time; without this it does nothing.
         fence: What `fence` costs.
         reports_progress: `Progress` comes while a ticket is in flight.
         integrity: The medium detects flipped bits by itself (shared memory, RDMA), so `checksum="auto"` is off.
@@ -178,7 +189,10 @@ class LinkUp(Struct, frozen=True):
 
 
 class LinkDown(Struct, frozen=True):
-    """The link does not work; its tickets end by themselves, after this. A new submit may try again."""
+    """The link does not work; its tickets end by themselves, after this. A new submit may try again, or fail.
+
+    A ticket that was submitted while no byte could leave ends quiescent.
+    """
 
     link: int
     reason: str
@@ -202,11 +216,12 @@ class Link(Protocol):
         Neither waits nor raises for what the network does: that is a Failed ticket, as is one on a closed link.
 
         Args:
-            writes: 1 to `scatter_entries` writes of at least 1 byte and `MAX_TICKET_NBYTES` in all.
+            writes: 1 to `scatter_entries` writes of at least 1 byte each, and at most `MAX_TICKET_NBYTES` in all.
             token: From the receiver's `grant`; admits writes to exactly the ranges granted.
 
         Raises:
-            InvalidInput: A write outside the source's regions, an empty list, too many entries.
+            InvalidInput: A write outside the source's regions or before the beginning of the destination's, an empty
+                one, no writes, too many entries, too many bytes. What is beyond that is for the receiver to refuse.
         """
         ...
 
@@ -235,21 +250,33 @@ class Transport(Protocol):
         ...
 
     def descriptor(self) -> bytes:
-        """How a peer connects to us, at most 64 KiB; travels in Hello and Welcome. Holds its secrets."""
+        """How a peer connects to us, at most 64 KiB; travels in Hello and Welcome. Holds its secrets.
+
+        It stays the same from `start()` to `close()`, and names this start: a peer that has that of an earlier one gets
+        a link that goes down.
+        """
         ...
 
     def register(self, region: Region) -> bytes:
-        """Make a region writable for peers and readable as a source; returns its descriptor.
+        """Make a region writable for peers and readable as a source; returns its descriptor, at most 64 KiB.
 
-        Called for every region in the order of their numbers, after `start()` and before anything else.
+        Called for every region in the order of their numbers, after `start()` and before anything else. Who can
+        receive into memory without `Region.fd` and cannot send from it takes it, and its links go down.
+
+        Raises:
+            InvalidInput: Not writable contiguous bytes, or a number that is taken.
+            TransportUnavailable: It cannot use memory of this kind.
         """
         ...
 
     def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
-        """Admit writes to exactly these ranges; returns a token nobody can guess, at most 1 KiB.
+        """Admit writes to exactly these ranges; returns a token nobody can guess, 16 bytes to 1 KiB.
+
+        Ranges that touch are one: a write may span them. A ticket with one write that is not admitted ends Failed; of
+        that write nothing lands. The token may be bound to the peer that uses it first.
 
         Raises:
-            InvalidInput: A range outside its region.
+            InvalidInput: A range outside its region, or an empty one.
         """
         ...
 
@@ -264,7 +291,8 @@ class Transport(Protocol):
     def fence(self, token: bytes) -> int:
         """Revoke, and report `Fenced` with the returned number once no byte can land under the token.
 
-        Always ends, whatever the writer does. An unknown token is fenced at once.
+        Always ends, whatever the writer does, and every call is answered. An unknown token is fenced at once; one that
+        was revoked, or whose connection is dead, like any other: what was on its way lands before, or never.
 
         Comes after the end of a room, and in the middle of a part whose write failed without being quiescent; then,
         once `Fenced` is there, `grant` is called for the same lease and ranges again, so that the part may be tried
@@ -278,7 +306,7 @@ class Transport(Protocol):
         Returns at once; `LinkUp` or `LinkDown` follows.
 
         Raises:
-            InvalidInput: The descriptor cannot be read.
+            InvalidInput: A descriptor cannot be read.
         """
         ...
 
@@ -290,14 +318,21 @@ class Transport(Protocol):
         ...
 
     def fileno(self) -> int | None:
-        """Readable when `completions()` has something; None asks to be polled at an interval."""
+        """Readable when `completions()` has something, and not for long without; None asks to be polled at an interval.
+
+        The same from `start()` to `close()`; None before and after.
+        """
         ...
 
     def close(self) -> None:
-        """End all links, threads and ports. Tickets in flight end Failed. May be called twice.
+        """End all links, threads, processes and ports. Tickets in flight end Failed, fences Fenced.
 
         Once it has returned, no byte lands in a registered region and no source is read to any effect, whatever was
-        under way.
+        under way; nothing refers to the regions, no thread and file descriptor is left, and processes have been told to
+        end. Peers that stand still hold it up for seconds at most. `completions()` may be called once more.
+
+        May be called twice, without `start()`, and after a `start()` that raised. In a forked child it does nothing: a
+        transport stays its parent's.
         """
         ...
 

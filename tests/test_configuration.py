@@ -218,13 +218,13 @@ def test_the_variable_the_value_and_what_helps_are_named(name: str, text: str, p
 @pytest.mark.parametrize("content", [b"workers = ", b"\xff\xfe", b"x = 1\n" * (1 << 18), b"[" * 100_000])
 def test_a_file_that_is_none(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match="is not TOML|is longer"):
+    with pytest.raises(ConfigError, match=r"is not TOML|is longer"):
         resolve({}, file, {})
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read: (No such file|Is a directory)"):
+        with pytest.raises(ConfigError, match=r"cannot be read: (No such file|Is a directory)"):
             resolve({}, path, {})
         with pytest.raises(ConfigError, match="cannot be read"):
             resolve({}, None, {FILE_VARIABLE: str(path)})

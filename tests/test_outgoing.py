@@ -17,12 +17,13 @@ from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
 from kvpoll_fsm.layout import Extent, Field, Layout
 from kvpoll_fsm.links import Links
 from kvpoll_fsm.messages import BlockGrant, TransportOffer
-from kvpoll_fsm.outgoing import Outgoing, batches
+from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.sources import EngineBlocks
 from kvpoll_fsm.spi import Capabilities, Done, Failed, LinkDown, LinkUp, Quiesced, Transport, Write
 from kvpoll_fsm.spi import Progress as TicketProgress
 from kvpoll_fsm.staging import Source, checksum
+from kvpoll_fsm.writings import batches
 
 LAYOUT = Layout(4, [Field("ids", "int32"), Field("aux", "int64", (2,), per_room=True)])
 ONE = RoomKey("sender", 1, 0, 1)

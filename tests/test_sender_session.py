@@ -13,6 +13,7 @@ from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.messages import (
     Abort,
     BlockGrant,
+    FencePart,
     Opened,
     PartAck,
     PartOutcome,
@@ -259,7 +260,7 @@ def test_a_write_that_failed_is_tried_on_the_next_transport_same_range_same_part
     tx.preflight(transport="a")
     tx.supply(20)
     tx.feed(inputs.Granted(0, (0, 1), 8))
-    assert kinds(tx.written(ok=False, transport="a", detail="reset")) == ["Preflight"]
+    assert first(tx.written(ok=False, transport="a", detail="reset"), Preflight).transport == "b"
     start = first(tx.preflight(transport="b"), StartPart)
     assert (start.part, start.offset, start.tokens, start.attempt) == (0, 0, 8, 1)
     assert start.targets[0].transport == "b"
@@ -276,7 +277,7 @@ def test_the_next_transport_waits_for_quiescence() -> None:
     tx.preflight(transport="a")
     tx.supply(20)
     tx.feed(inputs.Granted(0, (0, 1), 8))
-    assert kinds(tx.written(ok=False, transport="a", quiescent=False, source_free=False)) == ["FencePart"]
+    assert sent(tx.written(ok=False, transport="a", quiescent=False, source_free=False), FencePart)
     assert tx.session.gate is Gate.moving
     assert kinds(tx.feed(inputs.RankQuiesced(0, 0))) == ["Preflight"]
     assert tx.feed(inputs.RankQuiesced(0, 0)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -23,11 +24,16 @@ UNBORN_S = 60.0
 
 def folder() -> Path:
     """The user's folder for control sockets; it may not be there yet."""
+    return _folders()[0]
+
+
+def _folders() -> list[Path]:
+    """Where control sockets may be, best first: not every shell has the same environment as the endpoint."""
     uid = os.geteuid()
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}"
-    if os.access(runtime, os.W_OK | os.X_OK) and Path(runtime).stat().st_uid == uid:
-        return Path(runtime) / "kvpoll"
-    return Path(tempfile.gettempdir()) / f"kvpoll-{uid}"
+    runtimes = dict.fromkeys((os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}"))
+    usable = [Path(runtime) for runtime in runtimes if runtime and os.access(runtime, os.W_OK | os.X_OK)]
+    home = Path(tempfile.gettempdir()) / f"kvpoll-{uid}"
+    return [*(runtime / "kvpoll" for runtime in usable if runtime.stat().st_uid == uid), home]
 
 
 def new_socket() -> Path:
@@ -46,19 +52,17 @@ def new_socket() -> Path:
 
 
 def sockets() -> list[Path]:
-    """The control sockets in the user's folder, those of processes that are gone included.
+    """The control sockets of the user, those of processes that are gone included.
 
     Raises:
-        InvalidInput: Others could have put something there.
+        InvalidInput: They are where others could have put something.
     """
-    home = folder()
-    try:
-        _check(home)
-        return sorted(path for path in home.iterdir() if path.suffix == SUFFIX)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InvalidInput(f"{error}") from error
+    found: list[Path] = []
+    for home in _folders():
+        with contextlib.suppress(FileNotFoundError):
+            _check(home)
+            found += sorted(path for path in home.iterdir() if path.suffix == SUFFIX)
+    return found
 
 
 def sweep() -> None:

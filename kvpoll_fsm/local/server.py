@@ -213,6 +213,5 @@ def _check_parent(path: Path) -> None:
     found = path.parent.stat()
     open_to_others = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
     if open_to_others or found.st_uid not in (os.geteuid(), 0):
-        raise InvalidInput(
-            f"control_socket={str(path)!r}: others can write to {path.parent}; choose a folder that is yours (chmod 700)"
-        )
+        why = f"others can write to {path.parent}; choose a folder that is yours (chmod 700)"
+        raise InvalidInput(f"control_socket={str(path)!r}: {why}")

@@ -49,7 +49,7 @@ class Answer(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-_requests = msgspec.json.Decoder(Request)
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
 
 def read_request(line: bytes) -> Request:

@@ -186,6 +186,7 @@ class Desk:
         """Tell the host, who has to tell another mover if this one is lost."""
         canary = None if choice.canary is None else (str(choice.canary), choice.share)
         self._pipe.post(frames.Switched(str(choice.policy), canary))
+        self._pipe.flush()  # before whoever wanted it is told that it is done
 
     # Staging by the host, where we cannot read its memory
 

@@ -16,7 +16,7 @@ from kvpoll_fsm.mover import frames
 from kvpoll_fsm.mover.memory import allow_reading
 from kvpoll_fsm.mover.pipe import Pipe
 
-__all__ = ["Launched", "launch"]
+__all__ = ["Launched", "environment", "launch"]
 
 EXIT_S = 5.0
 """How long a mover that has closed its pipe may take to end, before it is killed."""
@@ -80,7 +80,7 @@ def launch() -> Launched:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(),
+                env=environment(),
             )
         except (OSError, subprocess.SubprocessError) as error:
             ours.close()
@@ -89,7 +89,7 @@ def launch() -> Launched:
     return Launched(process, Pipe(ours, frames.Event))
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The host's, with this package where the child finds it, and no script's folder in the way."""
     home = str(Path(kvpoll_fsm.__file__).resolve().parents[1])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from kvpoll_fsm.breaker import BREAKER_TIMER
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.lifecycle import TABLE
@@ -11,7 +12,7 @@ from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import GATE_TIMER, RoomKey, Session
-from kvpoll_fsm.testing.props import Cell, Node
+from kvpoll_fsm.testing.props import Cell, Node, Ticket
 from kvpoll_fsm.testing.universe import Universe
 
 __all__ = ["broken_law", "is_end"]
@@ -36,16 +37,34 @@ def broken_law(universe: Universe) -> str:
             problem = problem or _session(key, session)
         if problem:
             return f"{node.name}: {problem}"
-    return _two_parts_at_once(universe) or _standstill(universe)
+    return _two_writers(universe) or _breakers(universe) or _standstill(universe)
 
 
-def _two_parts_at_once(universe: Universe) -> str:
-    """A part is on its way to a rank although writes of an earlier one may land there still."""
-    moving: dict[tuple[int, RoomKey, int], int] = {}
+def _two_writers(universe: Universe) -> str:
+    """Of all that was ever written to one rank of a room no two may land; every attempt at a part has its range."""
+    landing: dict[tuple[int, RoomKey, int], Ticket] = {}
+    exposed = {token for node in universe.nodes.values() for token in node.exposed}
     for ticket in universe.tickets:
-        place, part = (ticket.source, ticket.key, ticket.target.rank), ticket.command.part
-        if moving.setdefault(place, part) != part:
-            return f"{ticket.key}: parts {moving[place]} and {part} are both on their way to rank {ticket.target.rank}"
+        command, target = ticket.command, ticket.target
+        if (command.offset, command.tokens) != (command.part, 1):
+            return f"{ticket.key}: part {command.part} is written with another range"
+        if target.shut or ticket.token not in exposed:
+            continue
+        other = landing.setdefault((ticket.source, ticket.key, target.rank), ticket)
+        if other is not ticket:
+            first = f"part {other.command.part} through {other.target.transport}"
+            both = f"{first} and part {command.part} through {target.transport}"
+            return f"{ticket.key}: {both} are both on their way to rank {target.rank}"
+    return ""
+
+
+def _breakers(universe: Universe) -> str:
+    """What is open will be tried again."""
+    for node in universe.nodes.values():
+        for connection in node.core.connections.values():
+            for name, breaker in node.core.breakers.of(connection.number).items():
+                if not breaker.half_open and (None, f"{BREAKER_TIMER} {connection.number} {name}") not in node.timers:
+                    return f"{node.name}: the breaker of {name} is open for ever"
     return ""
 
 

@@ -29,6 +29,8 @@ class Ticket(NamedTuple):
         token: Under which the destination admits it.
         loose: It has ended for its writer, or its writer is gone, but its bytes may land still.
         bytes: What it carries if the source is not read any more.
+        hung: Nothing happens to it until it is cancelled.
+        cancelled: It was asked to end.
     """
 
     key: RoomKey
@@ -38,6 +40,8 @@ class Ticket(NamedTuple):
     token: bytes
     loose: bool = False
     bytes: tuple[Any, ...] | None = None
+    hung: bool = False
+    cancelled: bool = False
 
 
 class Job(NamedTuple):

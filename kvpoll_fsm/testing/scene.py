@@ -21,6 +21,9 @@ class Budget:
         crash: Endpoints that die and start again.
         reopen: Rooms cleared, live or not, and opened again under their number.
         part: Connections that one side takes for dead although the other lives.
+        hang: Tickets that neither land nor fail.
+        collateral: Tickets that fail through no fault of their transport, at rest or not.
+        port: Data ports that do not answer.
     """
 
     lose: int = 0
@@ -32,6 +35,9 @@ class Budget:
     crash: int = 0
     reopen: int = 0
     part: int = 0
+    hang: int = 0
+    collateral: int = 0
+    port: int = 0
 
     @property
     def benign(self) -> bool:
@@ -58,6 +64,7 @@ class Scene:
         faults: How many of which kind.
         ordered: Rooms are opened in one order only, which gives the pools of even and odd ranks to
             different rooms.
+        reads: A write that may land late reads its source until then.
         opened: Begin where all rooms are past Bootstrapping; how they came there is for other scenes.
     """
 
@@ -72,6 +79,7 @@ class Scene:
     windows: tuple[int, ...] = ()
     dummies: tuple[int, ...] = ()
     faults: Budget = field(default_factory=Budget)
+    reads: bool = True
     opened: bool = False
     ordered: bool = False
     checksums: bool = False

@@ -7,6 +7,7 @@ from kvpoll_fsm.testing.scene import Budget, Scene
 __all__ = ["FULL", "QUICK"]
 
 LATE, ABORT, CRASH = Budget(late=1), Budget(abort=1), Budget(crash=1)
+AB, ABC = ("a", "b"), ("a", "b", "c")
 
 QUICK: tuple[Scene, ...] = (
     Scene("two parts", parts=2),
@@ -29,6 +30,14 @@ QUICK: tuple[Scene, ...] = (
     Scene("a second grant from one of two ranks", ranks=2, parts=3, pool=2, windows=(2, 1), opened=True),
     Scene("a second grant, an abort", parts=3, pool=2, windows=(2,), checksums=True, faults=Budget(abort=1)),
     Scene("a second grant asked back", rooms=(2, 1), parts=2, pool=2, windows=(2,), ordered=True, checksums=True),
+    Scene("fenced, then the next", parts=2, transports=AB, reads=False, faults=LATE),
+    Scene("fenced twice", transports=ABC, reads=False, faults=Budget(late=2)),
+    Scene("fenced, and a loss", transports=AB, reads=False, faults=Budget(late=1, lose=1)),
+    Scene("a hang", transports=AB, faults=Budget(hang=1)),
+    Scene("collateral, late", reads=False, faults=Budget(collateral=1, late=1)),
+    Scene("two rooms, two failed writes", rooms=(1, 2), transports=AB, faults=Budget(fail=2), ordered=True),
+    Scene("back to the better transport", parts=3, transports=AB, faults=Budget(fail=2)),
+    Scene("a port that does not answer", parts=2, transports=AB, faults=Budget(port=2)),
 )
 
 FULL: tuple[Scene, ...] = (
@@ -92,4 +101,20 @@ FULL: tuple[Scene, ...] = (
     Scene("second grants, a failure", ranks=2, parts=2, pool=2, windows=(2, 2), faults=Budget(fail=1), opened=True),
     Scene("a second grant, a dummy, an abort", ranks=2, parts=2, pool=2, windows=(2,), dummies=(1,), faults=ABORT),
     Scene("a second grant, a dummy, a crash", ranks=2, parts=2, pool=2, windows=(2,), dummies=(1,), faults=CRASH),
+    Scene("fenced twice, two parts", parts=2, transports=AB, reads=False, faults=Budget(late=2)),
+    Scene("fenced, and an abort", transports=AB, reads=False, faults=Budget(late=1, abort=1)),
+    Scene("fenced, and a crash", parts=2, transports=AB, reads=False, faults=Budget(late=1, crash=1)),
+    Scene("fenced, and lost", transports=AB, reads=False, faults=Budget(late=1, part=1)),
+    Scene("fenced, and a deadline", transports=AB, reads=False, faults=Budget(late=1, deadline=1)),
+    Scene("fenced, and used again", transports=AB, reads=False, faults=Budget(late=1, reopen=1)),
+    Scene("fenced, a second grant", parts=3, pool=2, windows=(2,), transports=AB, reads=False, faults=LATE),
+    Scene("fenced, two ranks", ranks=2, parts=2, transports=AB, reads=False, faults=LATE, opened=True),
+    Scene("a hang, two ranks", ranks=2, transports=AB, faults=Budget(hang=1), opened=True),
+    Scene("a hang that lands late", parts=2, transports=AB, reads=False, faults=Budget(hang=1, late=1)),
+    Scene("a hang, and an abort", transports=AB, reads=False, faults=Budget(hang=1, late=1, abort=1)),
+    Scene("collateral, late, the next", transports=AB, reads=False, faults=Budget(collateral=1, late=2)),
+    Scene("collateral, an abort", reads=False, faults=Budget(collateral=1, late=1, abort=1)),
+    Scene("collateral, more than is borne", transports=AB, faults=Budget(collateral=4)),
+    Scene("two rooms, three failed writes", rooms=(1, 2), parts=2, transports=AB, faults=Budget(fail=3), ordered=True),
+    Scene("two rooms, fenced", rooms=(1, 2), pool=2, transports=AB, reads=False, faults=LATE, ordered=True),
 )

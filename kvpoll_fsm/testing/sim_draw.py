@@ -299,7 +299,9 @@ class _Draw:
     def _break(self, at_s: float, room: Open) -> Event:
         late = self.dice.choice([0.0, 0.5, 1.0])
         place = (room.sender, self.dice.choice(room.ranks).host)
-        return Break(at_s, self._lasts(), *place, self.dice.choice(self.transports), late, self.dice.random() < 0.2)
+        transport, port = self.dice.choice(self.transports), self.dice.random() < 0.2
+        how = self.dice.choice(["", "", "hang", "collateral"])
+        return Break(at_s, self._lasts(), *place, transport, late, port, how == "hang", how == "collateral")
 
     def _crash(self, at_s: float, room: Open) -> Event:
         return Crash(at_s, self._lasts(60.0), self._one(room), bye=self.dice.random() < 0.3)

@@ -154,6 +154,8 @@ class Break(_Lasting, frozen=True):
     Attributes:
         late: The share of them that may land later.
         port: The data port does not answer either.
+        hang: They do not fail, but stand still.
+        collateral: They fail for another's sake.
     """
 
     source: str
@@ -161,6 +163,8 @@ class Break(_Lasting, frozen=True):
     transport: str
     late: float = 0.0
     port: bool = False
+    hang: bool = False
+    collateral: bool = False
 
 
 class Crash(_Lasting, frozen=True):

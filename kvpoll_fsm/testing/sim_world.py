@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpoll_fsm import inputs
 from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
-from kvpoll_fsm.commands import CancelPart, CopyOut, Fence, Preflight, SetTimer, StartPart, Verify
+from kvpoll_fsm.commands import CancelPart, CancelWrites, CopyOut, Fence, Preflight, SetTimer, StartPart, Verify
 from kvpoll_fsm.messages import Frame, Packet
 from kvpoll_fsm.session import RoomKey
 from kvpoll_fsm.testing import work
@@ -183,11 +183,11 @@ class TimedWorld(World):
         broken = self.weather.broken(host.name, dest, command.transport)
         return trip, broken is None or not broken.port
 
-    def _finish(self, host: Host, job: Job, *, ok: bool, loose: bool = False) -> None:
+    def _finish(self, host: Host, job: Job, *, ok: bool, loose: bool = False, collateral: bool = False) -> None:
         """A job ends; its host hears of it when it goes on."""
         if not _take(self.jobs, job):
             return
-        answer = work.answer(self, host, job, ok=ok, loose=loose)
+        answer = work.answer(self, host, job, ok=ok, loose=loose, collateral=collateral)
         self.clock.log(f"{host.name}: {_work(job)} {'done' if ok else 'failed, may land' if loose else 'failed'}")
         if answer is not None:
             self.for_host(host, ANSWER, lambda: self.feed(host.name, job.key, answer))
@@ -207,7 +207,7 @@ class TimedWorld(World):
 
     def _start(self, host: Host, job: Job) -> None:
         self.jobs.append(job)
-        if (host.incarnation, job.key) in self._cancelled:
+        if (host.incarnation, job.key) in self._cancelled or (job.target and job.target.shut):
             return self._finish(host, job, ok=False)
         tokens = job.command.tokens
         pieces = min(tokens, self.weather.dice("pieces", host.name).choice([1, 1, 2, 4]))
@@ -224,11 +224,11 @@ class TimedWorld(World):
             return
         dest = host.address(job.target.conn)
         broken = self.weather.broken(host.name, dest or "", job.target.transport)
-        if broken is not None or self.clock.now > until_s:
+        if (broken is not None and not broken.hang) or self.clock.now > until_s:
             loose = self.weather.dice("late", host.name).random() < (broken.late if broken else 0.5)
             self.weather.counts["failed writes"] += 1
-            return self._finish(host, job, ok=False, loose=loose)
-        if self._held_up(host, dest, job.target.transport):
+            return self._finish(host, job, ok=False, loose=loose, collateral=bool(broken and broken.collateral))
+        if broken is not None or self._held_up(host, dest, job.target.transport):
             self.clock.after(RETRY_S, ANSWER, lambda: self._piece(host, job, marks, until_s))
         elif not marks:
             self._finish(host, job, ok=True)
@@ -252,12 +252,24 @@ class TimedWorld(World):
     def on_cancel(self, host: Host, key: RoomKey, command: CancelPart) -> None:
         """Some writes stop when they are asked to, some end unknown, some go on."""
         self._cancelled.add((host.incarnation, key))
-        dice = self.weather.dice("cancel", host.name)
-        for job in [job for job in self.jobs if (job.host, job.key) == (host.name, key) and job.target is not None]:
-            how = dice.choice(["stops", "stops", "unknown", "goes on"])
-            if how != "goes on":
-                loose = how == "unknown"
-                self._end_soon(host, job, loose)
+        for job in self._writes(host, key):
+            self._ask_to_end(host, job)
+
+    def on_hurry(self, host: Host, key: RoomKey, command: CancelWrites) -> None:
+        """As a cancel, of one attempt."""
+        meant = (command.rank, command.part, command.attempt)
+        for job in self._writes(host, key):
+            if job.target and (job.target.rank, job.command.part, job.command.attempt) == meant:
+                self.weather.counts["hurried writes"] += 1
+                self._ask_to_end(host, job)
+
+    def _writes(self, host: Host, key: RoomKey) -> list[Job]:
+        return [job for job in self.jobs if (job.host, job.key) == (host.name, key) and job.target is not None]
+
+    def _ask_to_end(self, host: Host, job: Job) -> None:
+        how = self.weather.dice("cancel", host.name).choice(["stops", "stops", "unknown", "goes on"])
+        if how != "goes on":
+            self._end_soon(host, job, how == "unknown")
 
     def _end_soon(self, host: Host, job: Job, loose: bool) -> None:
         self.clock.after(self.weather.work_s(host.name), ANSWER, lambda: self._finish(host, job, ok=False, loose=loose))

@@ -13,8 +13,6 @@ Revoking a token stops nothing that is in flight, as with RDMA; only a fence doe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 from kvpoll_fsm import inputs
 from kvpoll_fsm.commands import (
@@ -24,16 +22,16 @@ from kvpoll_fsm.commands import (
     Verify,
 )
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.lessor import lease_of
 from kvpoll_fsm.messages import Packet
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverOptions
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderOptions
 from kvpoll_fsm.session import RoomKey
-from kvpoll_fsm.testing.props import Job, Node, Ticket
+from kvpoll_fsm.testing.props import Job, Node
 from kvpoll_fsm.testing.scene import Scene
-from kvpoll_fsm.testing.universe_base import SENDER, Action, Endpoints, knows
+from kvpoll_fsm.testing.universe_base import SENDER, Action, knows
+from kvpoll_fsm.testing.universe_writes import Writes
 
 __all__ = ["Action", "Universe"]
 
@@ -41,7 +39,7 @@ OPENING_STEPS = 1_000
 """More than any scene takes whose rooms can open."""
 
 
-class Universe(Endpoints):
+class Universe(Writes):
     """All endpoints of one scene, and everything that may happen to them."""
 
     @classmethod
@@ -74,7 +72,7 @@ class Universe(Endpoints):
     def progress(self) -> list[Action]:
         """What happens without any fault; where nothing but time can bring the state on, a deadline passes."""
         found = list(self._progress())
-        timers = [("deadline", *timer) for timer in self._timers("withdraw", "quarantine")]
+        timers = [("deadline", *timer) for timer in self._timers("withdraw", "quarantine", "breaker")]
         if not found:  # those that repeat in vain put off no deadline
             timers = [timer for timer in timers if self.step(timer).key() != self.key()]
         return [*found, *timers] or [("deadline", *timer) for timer in self._timers("gate")]
@@ -83,14 +81,7 @@ class Universe(Endpoints):
         yield from self.opens[:1] if self.scene.ordered else self.opens
         yield from (("deliver", *lane) for lane in self.lanes)
         yield from (("do", job) for job in self.jobs)
-        for ticket in self.tickets:
-            if ticket.loose:
-                yield ("quiesce", ticket)
-                continue
-            if self._lands(ticket):
-                yield ("land", ticket)
-            if not self._lands(ticket) or not self._wanted(ticket):
-                yield ("break", ticket)
+        yield from self._ticket_progress()
         for node in self.nodes.values():
             yield from (("lost", node.name, conn) for conn in self._dead_connections(node))
             if self._must_resend(node):
@@ -103,13 +94,10 @@ class Universe(Endpoints):
                 yield ("lose", *lane)
             if budget.repeat:
                 yield ("repeat", *lane)
+        if budget.port:
+            yield from (("refuse", job) for job in self.jobs if isinstance(job.command, Preflight))
         for ticket in self.tickets:
-            if ticket.loose and self._lands(ticket):
-                yield ("land", ticket)
-            if budget.fail and not ticket.loose:
-                yield ("fail", ticket)
-            if budget.late and not ticket.loose and self._lands(ticket):
-                yield ("late", ticket)
+            yield from self._ticket_faults(ticket)
         if budget.deadline:
             yield from (("early", *timer) for timer in self._timers("gate"))
         for node in self.nodes.values():
@@ -128,15 +116,7 @@ class Universe(Endpoints):
 
     def _timers(self, *names: str) -> Iterator[Action]:
         for node in self.nodes.values():
-            yield from ((node.name, key, name) for key, name in node.timers if name in names)
-
-    def _lands(self, ticket: Ticket) -> bool:
-        """The destination's memory is still there, and has not fenced this writer."""
-        return any(ticket.token in node.exposed for node in self.nodes.values())
-
-    def _wanted(self, ticket: Ticket) -> bool:
-        session = self.nodes[SENDER].core.sessions.get(ticket.key)
-        return session is not None and not session.state.is_terminal
+            yield from ((node.name, key, name) for key, name in node.timers if name.split(" ")[0] in names)
 
     def _dead_connections(self, node: Node) -> Iterator[int]:
         for connection in node.core.connections.values():
@@ -158,9 +138,6 @@ class Universe(Endpoints):
         except Exception as error:  # an exception that leaves a core is a finding, not a crash of the explorer
             after.violation = f"{type(error).__name__} escaped: {error}"
         return after
-
-    def _spend(self, fault: str) -> None:
-        self.budget = replace(self.budget, **{fault: getattr(self.budget, fault) - 1})
 
     def _open_sender(self, room: int) -> None:
         self._opened(("open_sender", room))
@@ -281,6 +258,15 @@ class Universe(Endpoints):
             node.core.feed(job.key, inputs.Verified(command.held.part))
         self._settle(node)
 
+    def _refuse(self, job: Job) -> None:
+        """A data port does not answer."""
+        self._spend("port")
+        self.jobs = tuple(other for other in self.jobs if other is not job)
+        node, command = self._touch(job.node), job.command
+        refused = inputs.Preflighted(command.rank, command.conn, command.transport, ok=False, detail="refused")
+        node.core.feed(job.key, refused)
+        self._settle(node)
+
     def _fence(self, node: Node, key: RoomKey, command: Fence) -> inputs.Fenced:
         """Nothing lands any more under the tokens of a part, or under that of one transport, which gets a new one."""
         part, name = command.part, command.transport
@@ -297,76 +283,6 @@ class Universe(Endpoints):
             for at in range(held.tokens):
                 out[held.offset + at] = node.memory.get(held.blocks[at])
         node.out[key] = tuple(out)
-
-    # Tickets
-
-    def _land(self, ticket: Ticket) -> None:
-        """Its bytes arrive. One that is loose may land again: a writer may repeat itself."""
-        _, key, part, blocks = self.leases[ticket.token]
-        node = self._touch(next(node.name for node in self.nodes.values() if ticket.token in node.exposed))
-        lease = lease_of(key, part)
-        if node.core.accounts.blocks_of(lease) != blocks:
-            self.violation = f"a write for {lease} landed in blocks {blocks} which it does not hold any more"
-        for block, cell in zip(blocks, ticket.bytes or self._read(ticket), strict=False):
-            node.memory[block] = cell
-        if not ticket.loose:
-            checksum = CHECKSUM if self.scene.checksums else None
-            self._ended(ticket, inputs.PartWritten(**_written(ticket), ok=True, checksum=checksum))
-
-    def _break(self, ticket: Ticket) -> None:
-        """It ends without having landed: it was cancelled, fenced, or the destination is gone."""
-        self._ended(ticket, inputs.PartWritten(**_written(ticket), ok=False, detail="broken"))
-
-    def _fail(self, ticket: Ticket) -> None:
-        self._spend("fail")
-        self._break(ticket)
-
-    def _late(self, ticket: Ticket) -> None:
-        """It fails, and its bytes may land later."""
-        self._spend("late")
-        loose = ticket._replace(loose=True)
-        self._replace(ticket, loose)
-        node = self._touch(SENDER)
-        failed = inputs.PartWritten(**_written(ticket), ok=False, quiescent=False, source_free=False, detail="late")
-        node.core.feed(ticket.key, failed)
-        self._settle(node)
-
-    def _quiesce(self, ticket: Ticket) -> None:
-        """A loose ticket can land no more; its writer, if it lives, says so."""
-        self._replace(ticket, None)
-        node = self._touch(SENDER)
-        if node.incarnation == ticket.source:
-            command = ticket.command
-            node.core.feed(ticket.key, inputs.RankQuiesced(ticket.target.rank, command.part, command.attempt))
-            self._settle(node)
-
-    def _ended(self, ticket: Ticket, written: inputs.PartWritten) -> None:
-        self._replace(ticket, None)
-        node = self._touch(SENDER)
-        node.core.feed(ticket.key, written)
-        self._settle(node)
-
-    def _replace(self, old: Ticket, new: Ticket | None) -> None:
-        kept = tuple(ticket for ticket in self.tickets if ticket is not old)
-        self.tickets = kept if new is None else (*kept, new)
-
-    def _read(self, ticket: Ticket) -> tuple[Any, ...]:
-        memory = self.nodes[SENDER].memory
-        return tuple(memory.get(block) for block in ticket.command.blocks)
-
-
-CHECKSUM = bytes(16)
-"""Stands for the right one."""
-
-
-def _written(ticket: Ticket) -> dict[str, Any]:
-    command, target = ticket.command, ticket.target
-    return {
-        "rank": target.rank,
-        "part": command.part,
-        "transport": target.transport,
-        "attempt": command.attempt,
-    }
 
 
 def _openings(scene: Scene) -> Iterator[Action]:

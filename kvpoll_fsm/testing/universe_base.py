@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from kvpoll_fsm import inputs
-from kvpoll_fsm.commands import CancelPart, CancelTimer, Expose, Release, SetTimer, StartPart
+from kvpoll_fsm.commands import CancelPart, CancelTimer, CancelWrites, Expose, Release, SetTimer, StartPart, Target
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.core import CoreOptions, EndpointCore
 from kvpoll_fsm.deadlines import Deadlines
@@ -154,6 +154,8 @@ class Endpoints:
             self._start(node, key, command)
         elif isinstance(command, Release) and key is not None:
             pass  # revoking the tokens would stop nothing that is in flight
+        elif isinstance(command, CancelWrites) and key is not None:
+            self.tickets = tuple(_asked_to_end(ticket, key, command) for ticket in self.tickets)
         elif not isinstance(command, CancelPart) and key is not None:
             self.jobs = (*self.jobs, Job(node.name, key, command))
 
@@ -177,6 +179,7 @@ class Endpoints:
             for at, block in enumerate(command.blocks):
                 node.memory[block] = Cell(key.room, key.generation, command.part, command.offset + at)
         for target in command.targets:
+            self.violation = self.violation or _unasked(node, key, command, target)
             token = target.grant.token(target.transport)
             self.tickets = (*self.tickets, Ticket(key, command, target, node.incarnation, token))
 
@@ -203,6 +206,23 @@ class Endpoints:
     def _touch(self, name: str) -> Node:
         node = self.nodes[name] = self.nodes[name].clone()
         return node
+
+
+def _asked_to_end(ticket: Ticket, key: RoomKey, command: CancelWrites) -> Ticket:
+    """What becomes of a ticket if this attempt is to end."""
+    attempt = (ticket.key, ticket.target.rank, ticket.command.part, ticket.command.attempt)
+    meant = attempt == (key, command.rank, command.part, command.attempt) and not ticket.loose
+    return ticket._replace(cancelled=True) if meant else ticket
+
+
+def _unasked(node: Node, key: RoomKey, command: StartPart, target: Target) -> str:
+    """A breaker that is not closed lets in nobody but its probe, and those who have nothing else left."""
+    breaker = node.core.breakers.of(target.conn).get(target.transport)
+    if breaker is None or target.shut or target.insist:
+        return ""
+    if breaker.half_open and breaker.probe == (key, target.rank, command.part, command.attempt):
+        return ""
+    return f"{key}: writes through {target.transport}, whose breaker is not closed, and is not the one that may"
 
 
 def knows(node: Node, connection: Connection) -> bool:

@@ -21,7 +21,9 @@ CHECKSUM = bytes(16)
 DIFFER = (FailureCode.ChecksumMismatch, "the bytes differ")
 
 
-def answer(world: World, host: Host, job: Job, *, ok: bool, loose: bool) -> inputs.Input | None:
+def answer(
+    world: World, host: Host, job: Job, *, ok: bool, loose: bool, collateral: bool = False
+) -> inputs.Input | None:
     """Do a job, well or badly.
 
     Args:
@@ -31,6 +33,7 @@ def answer(world: World, host: Host, job: Job, *, ok: bool, loose: bool) -> inpu
         ok: It succeeds. A fence that does not is one that would cost other rooms: it stays unanswered, as long
             as it is not forced.
         loose: A write that fails may land later.
+        collateral: It fails through no fault of the transport.
 
     Returns:
         What the room is to be told, if anything.
@@ -39,7 +42,7 @@ def answer(world: World, host: Host, job: Job, *, ok: bool, loose: bool) -> inpu
     if isinstance(command, Preflight):
         return inputs.Preflighted(command.rank, command.conn, command.transport, ok, "" if ok else "refused")
     if isinstance(command, StartPart) and job.target is not None:
-        return _write(world, host, job, job.target, ok, loose)
+        return _write(world, host, job, job.target, ok, loose, collateral)
     if isinstance(command, Fence) and command.transport:
         return host.fence_one(key, command, world.new_token())
     if isinstance(command, Fence):
@@ -73,9 +76,12 @@ def loosen(world: World, host: Host, job: Job) -> bool:
     return dest is not None
 
 
-def _write(world: World, host: Host, job: Job, target: Target, ok: bool, loose: bool) -> inputs.PartWritten:
-    loosened = loose and not ok and loosen(world, host, job)
-    landed = ok and progress(world, host, job, job.command.tokens)
+def _write(
+    world: World, host: Host, job: Job, target: Target, ok: bool, loose: bool, collateral: bool
+) -> inputs.PartWritten:
+    shut = bool(target.shut)
+    loosened = loose and not (ok or shut) and loosen(world, host, job)
+    landed = ok and not shut and progress(world, host, job, job.command.tokens)
     return inputs.PartWritten(
         target.rank,
         job.command.part,
@@ -86,6 +92,8 @@ def _write(world: World, host: Host, job: Job, target: Target, ok: bool, loose: 
         detail="" if landed else "the write failed",
         checksum=CHECKSUM if landed and world.checksums else None,
         attempt=job.command.attempt,
+        collateral=collateral and not landed,
+        shut=shut,
     )
 
 

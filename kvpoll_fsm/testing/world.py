@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvpoll_fsm import inputs
-from kvpoll_fsm.commands import CancelPart, CancelTimer, Expose, Release, SetTimer, StartPart
+from kvpoll_fsm.commands import CancelPart, CancelTimer, CancelWrites, Expose, Release, SetTimer, StartPart
 from kvpoll_fsm.core import Changed, CoreOptions, Do, Effect, EndpointCore, Transmit
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.layout import Field, Layout
@@ -153,7 +153,7 @@ class World:
             self._arrive(host, delivery)
             self.settle(host)
 
-    def perform(self, at: int = 0, *, ok: bool = True, loose: bool = False) -> None:
+    def perform(self, at: int = 0, *, ok: bool = True, loose: bool = False, collateral: bool = False) -> None:
         """Do job number `at`, well or badly.
 
         Args:
@@ -161,10 +161,11 @@ class World:
             ok: It succeeds. A fence that does not is one that would cost other rooms: it stays unanswered, as long
                 as it is not forced.
             loose: A write that fails may land later: it moves to `late`.
+            collateral: It fails through no fault of the transport.
         """
         job = self.jobs.pop(at)
         host = self.hosts[job.host]
-        answer = work.answer(self, host, job, ok=ok, loose=loose)
+        answer = work.answer(self, host, job, ok=ok, loose=loose, collateral=collateral)
         if answer is not None:
             host.core.feed(job.key, answer)
         self.settle(host)
@@ -283,6 +284,9 @@ class World:
     def on_cancel(self, host: Host, key: RoomKey, command: CancelPart) -> None:
         """A host wants no more of the writes of a part; that only asks."""
 
+    def on_hurry(self, host: Host, key: RoomKey, command: CancelWrites) -> None:
+        """A host wants no more of one attempt; that only asks."""
+
     def on_late(self, late: LateWrite) -> None:
         """Bytes may land though nobody waits for them."""
         self.late.append(late)
@@ -357,6 +361,8 @@ class World:
             return
         elif isinstance(command, CancelPart):
             self.on_cancel(host, key, command)
+        elif isinstance(command, CancelWrites):
+            self.on_hurry(host, key, command)
         elif isinstance(command, Expose):
             tokens = {name: self.new_token() for name in self.transports}
             host.core.feed(key, host.expose(key, command, tokens))

@@ -69,6 +69,7 @@ beats = st.builds(
     counts,
     st.booleans(),
     st.booleans(),
+    counts,
 )
 own: dict[type[msgspec.Struct], dict[str, st.SearchStrategy[Any]]] = {
     messages.Reserve: {"ranks": sizes, "dummy": st.booleans(), "grant": st.none() | grants},
@@ -123,7 +124,7 @@ def test_every_kind_is_generated() -> None:
     for kind, values in own.items():
         assert {*ids, *values} == set(kind.__struct_fields__)
     assert set(introduction) == set(messages.Hello.__struct_fields__)
-    assert len(messages.Beat.__struct_fields__) == 9
+    assert len(messages.Beat.__struct_fields__) == 10
 
 
 @given(packets)

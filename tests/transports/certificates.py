@@ -43,8 +43,9 @@ def contexts(name: str = "ours") -> Contexts:
 
 def spec(**settings: object) -> Spec:
     """How another process makes a transport with a certificate of the same authority."""
-    certificate = authority().issue_cert(*HOSTS).private_key_and_cert_chain_pem.bytes().decode()
-    trusted = authority().cert_pem.bytes().decode()
+    ours = authority("ours")
+    certificate = ours.issue_cert(*HOSTS).private_key_and_cert_chain_pem.bytes().decode()
+    trusted = ours.cert_pem.bytes().decode()
     return Spec(f"{__name__}:from_pem", {"certificate": certificate, "trusted": trusted, **settings})
 
 

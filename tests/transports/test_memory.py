@@ -11,13 +11,17 @@ from kvpoll_memory import Faults, MemoryTransport
 
 
 class TestMemory(TransportSuite):
-    in_steps = False
+    needs_fd = False
+    refuses_whole = True
 
     def make(self) -> MemoryTransport:
         return MemoryTransport()
 
 
 class TestMemoryInSteps(TransportSuite):
+    needs_fd = False
+    refuses_whole = True
+
     def make(self) -> MemoryTransport:
         return MemoryTransport(steps=3, step_nbytes=MIB)
 

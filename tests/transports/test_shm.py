@@ -37,6 +37,7 @@ from tests.transports import shm_raw as raw
 
 class TestShm(TransportSuite):
     needs_fd = True
+    refuses_whole = True
 
     def make(self) -> ShmTransport:
         return ShmTransport()

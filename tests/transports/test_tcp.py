@@ -23,11 +23,17 @@ from tests.transports import raw
 
 
 class TestTcp(TransportSuite):
+    needs_fd = False
+    refuses_whole = True
+
     def make(self) -> TcpTransport:
         return TcpTransport()
 
 
 class TestTcpWithTwoStreams(TransportSuite):
+    needs_fd = False
+    refuses_whole = True
+
     def make(self) -> TcpTransport:
         return TcpTransport(streams=2)
 

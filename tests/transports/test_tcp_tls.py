@@ -29,6 +29,9 @@ TLS = made_contexts()
 
 
 class TestTcpWithTls(TransportSuite):
+    needs_fd = False
+    refuses_whole = True
+
     def make(self) -> TcpTransport:
         return TcpTransport(tls=TLS)
 
@@ -37,6 +40,9 @@ class TestTcpWithTls(TransportSuite):
 
 
 class TestTcpWithTlsAndTwoStreams(TransportSuite):
+    needs_fd = False
+    refuses_whole = True
+
     def make(self) -> TcpTransport:
         return TcpTransport(tls=TLS, streams=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from dataclasses import replace
 
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.spi import (
@@ -48,7 +49,7 @@ class MemoryTransport:
         max_outstanding=1024,
         cancellable=True,
         fence=FenceKind.token,
-        reports_progress=True,
+        reports_progress=False,
         integrity=False,
         cuda=False,
         one_process=True,
@@ -67,7 +68,7 @@ class MemoryTransport:
         Args:
             faults: What shall go wrong; by default nothing.
             steps: Ticket steps per call of `completions()`; None does all there is to do.
-            step_nbytes: Bytes per step; None takes a whole ticket at once.
+            step_nbytes: Bytes per step; None takes a whole ticket at once, of which no progress is seen.
             costly_fence: Say that a fence hurts other rooms, so that it comes late or where nothing else helps.
         """
         if costly_fence:
@@ -75,6 +76,8 @@ class MemoryTransport:
         self.faults = Faults() if faults is None else faults
         self._steps = steps
         self._step_nbytes = step_nbytes
+        if step_nbytes is not None:
+            self.capabilities = replace(self.capabilities, reports_progress=True)
         self._host = Host()
         self._links: list[MemoryLink] = []
         self._link_numbers = itertools.count()

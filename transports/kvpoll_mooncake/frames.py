@@ -22,6 +22,7 @@ import msgspec
 __all__ = [
     "FRAME_NBYTES",
     "MAX_ENTRIES",
+    "P2P",
     "Broke",
     "Cancel",
     "Command",
@@ -44,6 +45,8 @@ __all__ = [
     "unpack_entries",
 ]
 
+P2P = "P2PHANDSHAKE"
+"""How engines find each other without anybody's help, in Mooncake's words."""
 MAX_ENTRIES = 1024
 _ENTRY = struct.Struct("<IIQQ")
 FRAME_NBYTES = MAX_ENTRIES * _ENTRY.size + 4096

@@ -110,6 +110,11 @@ class Keeper:
         number = life.number
         self._reactor.later(self._maker.settings.engine_s, lambda: self._too_slow(number))
 
+    def replace(self, ready: Future[None]) -> None:
+        """End the engine that is there, nobody having been told of it, and start another; `ready` is told of that."""
+        self._life.successor = ready
+        self._life.kill()
+
     def register(self, region: Region, done: Future[None]) -> None:
         """Make a region writable, in the engine that is there and in all that come."""
         self._registering[region.number] = done
@@ -151,7 +156,7 @@ class Keeper:
         """The engine has ended: whatever was to land has landed, or never will."""
         life = self._life
         life.process, self.current = None, None
-        crashed = not (life.fencing or life.stopped)
+        crashed = not (life.fencing or life.stopped or life.successor is not None)
         if crashed:
             _log.warning("the receiving engine ended, %s: %s", how, engine.last_words())
         self._failed(TransportUnavailable("mooncake", f"its engine ended, {how}: {engine.last_words()}"))
@@ -165,7 +170,8 @@ class Keeper:
         life = self._life
         pause_s = life.pause_s
         life.pause_s = min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-        self._reactor.later(pause_s, self.start)
+        ready, life.successor = life.successor, None
+        self._reactor.later(pause_s if ready is None else 0.0, lambda: self.start(ready))
 
     def _note_region(self, event: frames.Registered) -> None:
         done = self._registering.pop(event.region, None)
@@ -295,6 +301,7 @@ class _Life:
     number: int = 0
     segment: str = ""
     ready: Future[None] | None = None
+    successor: Future[None] | None = None
     pause_s: float = 0.0
     stopped: bool = False
 

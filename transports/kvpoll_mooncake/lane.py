@@ -8,52 +8,31 @@ remembers what does not hold any more.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from kvpoll_common.loop import Reactor
-from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
-from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Progress, Quiesced, Region
+from kvpoll_fsm.spi import Failed, LinkDown, LinkUp
 from kvpoll_mooncake import frames, wire
 from kvpoll_mooncake.caller import Caller
 from kvpoll_mooncake.frames import Event
 from kvpoll_mooncake.handshake import Descriptor
-from kvpoll_mooncake.jobs import Job, Stage
-from kvpoll_mooncake.maker import Maker
 from kvpoll_mooncake.roles import Running
+from kvpoll_mooncake.tickets import Job, Stage, Tickets
+from kvpoll_mooncake.trouble import Ours, Sources, Trouble
 from kvpoll_mooncake.wire import Doubt, Engine, Gone, Message, Over
 
-__all__ = ["Crowd", "Lane", "Sources"]
+__all__ = ["Lane"]
 
 _MOURNING_S = 150.0
 """How long a link that is closed waits to hear that what it left cannot land any more."""
-
-
-class Crowd:
-    """Counts the engines that send."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.count = 0
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What all links of a transport share: our regions, who we are, engines, and whom to report to."""
-
-    regions: Mapping[int, Region]
-    writer: bytes
-    maker: Maker
-    outbox: Outbox
-    crowd: Crowd
+_EXIT_S = 5.0
+"""How long an engine that is being ended is waited for; after that its tickets end with their sources in doubt."""
 
 
 class Lane:
     """One link. Used by the reactor's thread alone.
 
-    It is up once the peer's adapter and both engines have answered. A ticket that has ended without its engine's word
-    is loose, until the peer says that its own engine is gone.
+    It is up once the peer's adapter and both engines have answered.
 
     Attributes:
         is_over: Closed, nothing of ours is running, and the peer is not waited for.
@@ -66,11 +45,12 @@ class Lane:
         self._sources = sources
         self._reactor = reactor
         self._caller: Caller | None = None
-        self._engine = _Ours()
+        self._engine = Ours()
         self._theirs: Engine | None = None
-        self._jobs: dict[int, Job] = {}
-        self._loose: dict[int, int] = {}  # ticket: the peer's engine
-        self._trouble: _Trouble | None = None
+        self._tickets = Tickets(sources.outbox)
+        self._trouble: Trouble | None = None
+        self._ghosts: set[Running] = set()
+        self._told_up = False
         self._closed = self._buried = False
 
     # What the driver asks
@@ -85,14 +65,14 @@ class Lane:
                 self._caller.open()
             except OSError as error:
                 self._caller = None
-                return self._down(f"cannot be reached: {error.strerror or error}")
+                return self._fall(f"cannot be reached: {error.strerror or error}")
         self._start_engine()
 
     def submit(self, job: Job) -> None:
         """Take a ticket."""
         if self._closed:
-            return self._put(Failed(job.ticket, "the link is closed", quiescent=True))
-        self._jobs[job.ticket] = job
+            return self._sources.outbox.put(Failed(job.ticket, "the link is closed", quiescent=True))
+        self._tickets.add(job)
         if self._is_up:
             self._ask(job)
         else:
@@ -100,13 +80,10 @@ class Lane:
 
     def cancel(self, ticket: int) -> None:
         """End a ticket soon: what has begun is waited for."""
-        job = self._jobs.get(ticket)
-        if job is None or job.cancelled:
-            return
-        job.cancelled = True
-        if job.stage is Stage.running:
+        job = self._tickets.get(ticket)
+        if job is not None and job.stage is Stage.running:
             self._tell_engine(frames.Cancel(ticket))
-        elif job.stage is not Stage.asked:  # then the answer ends it
+        elif job is not None:
             self._drop(job, "cancelled")
 
     def close(self) -> None:
@@ -131,8 +108,9 @@ class Lane:
 
     def is_waiting(self) -> bool:
         """Something has been asked and not been answered."""
-        asked = any(job.stage is Stage.asked for job in self._jobs.values())
-        return asked or self._trouble is not None or (self._theirs is None and not self._closed)
+        return (
+            self._tickets.any(Stage.asked) or self._trouble is not None or (self._theirs is None and not self._closed)
+        )
 
     def told(self, message: Message) -> None:
         """The peer's adapter says something.
@@ -157,32 +135,26 @@ class Lane:
     def hung_up(self, reason: str) -> None:
         """The peer's adapter has gone, or is silent."""
         self._caller, self._theirs = None, None
-        self._loose.clear()  # nobody will tell
+        self._tickets.nobody_tells()
         self._fall(reason)
 
     def _go(self, go: wire.Go) -> None:
-        job = self._jobs.get(go.ticket)
+        job = self._tickets.get(go.ticket)
         if job is None or job.stage is not Stage.asked:
             return self._tell(Over(go.ticket, quiescent=True))
-        job.stage = Stage.granted
         if self._theirs is None or go.engine != self._theirs.number:
             raise MalformedMessage("lets us write into an engine that is not there")
-        if job.cancelled:
-            self._drop(job, "cancelled")
-        else:
-            self._run(job)
+        job.stage = Stage.granted
+        self._run(job)
 
     def _no(self, no: wire.No) -> None:
-        job = self._jobs.pop(no.ticket, None)
-        if job is not None:
-            self._put(Failed(no.ticket, "cancelled" if job.cancelled else no.reason, quiescent=True))
+        job = self._tickets.get(no.ticket)
+        if job is not None and job.stage is Stage.asked:
+            self._tickets.fail(job, no.reason)
 
     def _gone_there(self, gone: Gone) -> None:
         """The peer's engine has ended: what we had under way there cannot land any more."""
-        settled = [ticket for ticket, engine in self._loose.items() if engine == gone.engine]
-        for ticket in settled:
-            del self._loose[ticket]
-        self._put(*map(Quiesced, settled))
+        self._tickets.engine_gone(gone.engine)
         if self._theirs is not None and self._theirs.number == gone.engine:
             self._theirs = None
             self._restart(gone)
@@ -193,7 +165,7 @@ class Lane:
         trouble = self._trouble
         if trouble is None or trouble.doubted is not None:
             reason = "the receiver's engine ended" if gone.crashed else "the receiver had to stop a write"
-            self._trouble = trouble = _Trouble(
+            self._trouble = trouble = Trouble(
                 reason, lambda job: not gone.crashed and job.ticket not in gone.fenced, restart=not self._closed
             )
         trouble.quiescent = True
@@ -222,7 +194,7 @@ class Lane:
         elif isinstance(event, frames.Probed):
             self._probed(event)
         elif isinstance(event, frames.Moved):
-            self._moved(event)
+            self._tickets.moved(event.ticket, event.nbytes)
         elif isinstance(event, frames.Ended):
             self._ended(event)
         elif isinstance(event, frames.Broke):
@@ -233,13 +205,18 @@ class Lane:
 
     def gone(self, engine: Running, how: str) -> None:
         """Our engine has ended: it reads no source any more."""
+        if engine in self._ghosts:
+            self._ghosts.discard(engine)
+            if not self._ghosts:
+                self._tickets.sources_free()
+            return self._settle()
         if engine is not self._engine.running:
             return
-        was_up, self._engine = self._engine.up, _Ours()
+        was_up, self._engine = self._engine.up, Ours()
         self._sources.crowd.count -= 1
         if self._trouble is None:
             problem = f"the engine that sends to this peer ended, {how}"
-            self._trouble = _Trouble(problem, lambda job: False, restart=was_up)
+            self._trouble = Trouble(problem, lambda job: False, restart=was_up)
         self._trouble.details = engine.last_words()
         self._settle()
 
@@ -251,7 +228,7 @@ class Lane:
             running = maker.start(self, f"engine that sends to {self._peer}", self._sources.regions)
         except OSError as error:
             return self._fall(str(error))
-        self._engine = _Ours(running)
+        self._engine = Ours(running)
         crowd.count += 1
         self._expect_within(maker.settings.engine_s, "both engines did not get ready")
 
@@ -270,34 +247,27 @@ class Lane:
         if self._theirs is None or self._theirs.segment != event.segment or self._engine.up:
             return
         self._engine.up = True
-        self._put(LinkUp(self._number))
+        if not self._told_up:
+            self._told_up = True
+            self._sources.outbox.put(LinkUp(self._number))
         self._watch_over(self._engine)
-        for job in list(self._jobs.values()):
+        for job in self._tickets:
             if job.stage is Stage.waiting:
                 self._ask(job)
             elif job.stage is Stage.granted:
                 self._run(job)
 
-    def _moved(self, event: frames.Moved) -> None:
-        job = self._jobs.get(event.ticket)
-        if job is not None and job.moved_nbytes < event.nbytes < job.nbytes:
-            job.moved_nbytes, job.moved_at = event.nbytes, time.monotonic()
-            self._put(Progress(event.ticket, event.nbytes))
-
     def _ended(self, event: frames.Ended) -> None:
-        job = self._jobs.pop(event.ticket, None)
-        if job is None:
-            return
-        self._tell(Over(event.ticket, quiescent=True))
-        landed = event.nbytes == job.nbytes
-        self._put(Done(event.ticket) if landed else Failed(event.ticket, "cancelled", quiescent=True))
-        self._touch()
+        job = self._tickets.get(event.ticket)
+        if job is not None:
+            self._tell(Over(event.ticket, quiescent=True))
+            self._tickets.ended(job, event.nbytes)
 
     def _broke(self, event: frames.Broke) -> None:
         """A transfer failed. Nothing more is read or sent; why it failed, the peer may know."""
         if self._trouble is not None:
             return
-        self._trouble = _Trouble(event.problem, lambda job: job.ticket != event.ticket, restart=not self._closed)
+        self._trouble = Trouble(event.problem, lambda job: job.ticket != event.ticket, restart=not self._closed)
         if self._theirs is not None and self._caller is not None:
             self._trouble.doubted = self._theirs.number
             self._tell(Doubt(self._theirs.number))
@@ -309,8 +279,20 @@ class Lane:
             self._engine.running.send(command)
 
     def _end_engine(self) -> None:
-        if self._engine.running is not None:
-            self._engine.running.kill()
+        running = self._engine.running
+        if running is not None:
+            running.kill()
+            self._reactor.later(_EXIT_S, lambda: self._haunted(running))
+
+    def _haunted(self, engine: Running) -> None:
+        """Our engine has not ended: a call in it hangs. Its tickets end, their sources stay as they are."""
+        if engine is self._engine.running:
+            self._ghosts.add(engine)
+            self._engine = Ours()
+            self._sources.crowd.count -= 1
+            if self._trouble is not None:
+                self._trouble.ghost = True
+            self._settle()
 
     # Tickets
 
@@ -342,28 +324,18 @@ class Lane:
 
     def _drop(self, job: Job, reason: str) -> None:
         """End a ticket of which nothing has begun."""
-        del self._jobs[job.ticket]
-        if job.stage is Stage.granted:
+        if job.stage is not Stage.waiting:
             self._tell(Over(job.ticket, quiescent=True))
-        self._put(Failed(job.ticket, reason, quiescent=True))
+        self._tickets.fail(job, reason)
 
-    def _touch(self) -> None:
-        """The oldest ticket's time counts from when it became the oldest."""
-        oldest = self._oldest()
-        if oldest is not None:
-            oldest.moved_at = time.monotonic()
-
-    def _oldest(self) -> Job | None:
-        return next((job for job in self._jobs.values() if job.stage is Stage.running), None)
-
-    def _watch_over(self, ours: _Ours) -> None:
+    def _watch_over(self, ours: Ours) -> None:
         """Look from time to time whether the oldest ticket moves; all others come after it."""
         if ours is not self._engine or self._trouble is not None:
             return
         stall_s = self._sources.maker.settings.stall_s
-        oldest = self._oldest()
+        oldest = self._tickets.oldest()
         if oldest is not None and time.monotonic() - oldest.moved_at >= stall_s:
-            self._trouble = _Trouble(f"no progress within {stall_s:g} s", lambda job: job is not oldest, restart=True)
+            self._trouble = Trouble(f"no progress within {stall_s:g} s", lambda job: job is not oldest, restart=True)
             return self._end_engine()
         self._reactor.later(stall_s / 4, lambda: self._watch_over(ours))
 
@@ -372,7 +344,7 @@ class Lane:
     def _fall(self, reason: str, quiet: bool = False) -> None:
         """Give the link up: our engine is ended, and all tickets end once it has."""
         if self._trouble is None:
-            self._trouble = _Trouble(reason, lambda job: False)
+            self._trouble = Trouble(reason, lambda job: False)
         self._trouble.doubted = None
         self._trouble.restart = False
         self._trouble.quiet |= quiet
@@ -385,35 +357,39 @@ class Lane:
         if trouble is not None and self._engine.running is None and trouble.doubted is None:
             self._trouble = None
             self._report(trouble)
-            if trouble.restart and not self._closed:
-                return self.open()
-        if self._closed and self._engine.running is None and (self._buried or not self._loose):
+            if trouble.restart and (trouble.quiescent or any(self._tickets)):
+                return self.open()  # otherwise the next ticket does
+        idle = self._engine.running is None and not self._ghosts
+        if self._closed and idle and (self._buried or not self._tickets.in_doubt):
             self.is_over = True
             if self._caller is not None:
                 self._caller.close()
                 self._caller = None
 
-    def _report(self, trouble: _Trouble) -> None:
+    def _report(self, trouble: Trouble) -> None:
         reason = f"{self._peer}: {trouble.reason}"
         full = f"{reason} [{trouble.details}]" if trouble.details else reason
-        if not trouble.restart and not trouble.quiet:
-            self._put(LinkDown(self._number, full))
-        over = [job for job in self._jobs.values() if not trouble.restart or job.stage is Stage.running]
-        for job in over:
-            del self._jobs[job.ticket]
-            begun = job.stage is Stage.running and not trouble.quiescent
-            if job.stage is not Stage.waiting and not trouble.quiescent:
-                self._tell(Over(job.ticket, quiescent=not begun))
-            if begun and self._theirs is not None:
-                self._loose[job.ticket] = self._theirs.number
-            self._put(Failed(job.ticket, full, quiescent=not begun, collateral=trouble.is_collateral(job)))
-        for job in self._jobs.values():
-            if job.stage is Stage.granted and trouble.quiescent:
+        if not trouble.restart:
+            self._told_up = False
+            if not trouble.quiet:
+                self._sources.outbox.put(LinkDown(self._number, full))
+        for job in self._tickets:
+            if job.stage is Stage.running:
+                self._give_up(job, full, trouble)
+            elif not trouble.restart:
+                self._drop(job, full)
+            elif job.stage is Stage.granted and trouble.quiescent:
                 job.stage = Stage.waiting  # it was granted for an engine that is gone
 
-    def _down(self, reason: str) -> None:
-        """The link never came up."""
-        self._fall(reason)
+    def _give_up(self, job: Job, reason: str, trouble: Trouble) -> None:
+        """End a ticket that was under way."""
+        collateral = trouble.is_collateral(job)
+        if trouble.quiescent and not trouble.ghost:
+            return self._tickets.fail(job, reason, collateral)
+        if not trouble.quiescent:
+            self._tell(Over(job.ticket, quiescent=False))
+        engine = None if trouble.quiescent or self._theirs is None else self._theirs.number
+        self._tickets.give_up(job, reason, collateral, engine, trouble.ghost)
 
     def _expect_within(self, seconds: float, problem: str) -> None:
         """Give up if our engine is not in use by then."""
@@ -428,40 +404,3 @@ class Lane:
     def _tell(self, message: Message) -> None:
         if self._caller is not None:
             self._caller.tell(message)
-
-    def _put(self, *completions: Done | Failed | Quiesced | Progress | LinkUp | LinkDown) -> None:
-        self._sources.outbox.put(*completions)
-
-
-class _Ours:
-    """The engine that sends, and how far it is."""
-
-    def __init__(self, running: Running | None = None) -> None:
-        self.running = running
-        self.ready = False
-        self.registered: set[int] = set()
-        self.probing = ""
-        self.up = False
-
-
-class _Trouble:
-    """Why our engine is being ended, and what that means for the tickets.
-
-    Attributes:
-        reason: In words.
-        is_collateral: Whether another ticket's trouble ended this one.
-        quiescent: The peer's engine is gone too: nothing can land.
-        restart: The link stays up: another engine follows.
-        quiet: The link was closed: its end is no news.
-        doubted: The peer's engine, while the peer is being asked about it.
-        details: Our engine's last words.
-    """
-
-    def __init__(self, reason: str, is_collateral: Callable[[Job], bool], restart: bool = False) -> None:
-        self.reason = reason
-        self.is_collateral = is_collateral
-        self.quiescent = False
-        self.restart = restart
-        self.quiet = False
-        self.doubted: int | None = None
-        self.details = ""

@@ -8,8 +8,8 @@ from kvpoll_common.outbox import Outbox
 from kvpoll_common.writes import check_writes
 from kvpoll_fsm.spi import Failed, Write
 from kvpoll_mooncake import wire
-from kvpoll_mooncake.jobs import Job
 from kvpoll_mooncake.lane import Lane
+from kvpoll_mooncake.tickets import Job
 
 __all__ = ["MooncakeLink"]
 

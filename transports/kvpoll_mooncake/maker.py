@@ -8,17 +8,22 @@ from collections.abc import Mapping
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.spi import Region
 from kvpoll_mooncake.environment import variables
-from kvpoll_mooncake.frames import Setup
+from kvpoll_mooncake.frames import P2P, Setup
+from kvpoll_mooncake.hosted import Hosted
 from kvpoll_mooncake.memory import Addresses
 from kvpoll_mooncake.process import Process
 from kvpoll_mooncake.roles import Master, Running
-from kvpoll_mooncake.settings import P2P, MooncakeSettings
+from kvpoll_mooncake.settings import MooncakeSettings
 
 __all__ = ["Maker"]
 
 
 class Maker:
-    """What all engines of a transport have in common. Used by the reactor's thread alone."""
+    """What all engines of a transport have in common. Used by the reactor's thread alone.
+
+    Attributes:
+        hosted: Engines are in threads of this process.
+    """
 
     def __init__(self, reactor: Reactor, settings: MooncakeSettings, host: str, protocol: str) -> None:
         """Store what is needed.
@@ -30,6 +35,7 @@ class Maker:
             protocol: "tcp" or "rdma".
         """
         self.settings = settings
+        self.hosted = settings.engine == "host"
         self._reactor = reactor
         self._host = host
         self._protocol = protocol
@@ -47,7 +53,11 @@ class Maker:
             protocol=self._protocol,
             device=self.settings.device,
         )
-        engine = Process(self._reactor, master, name, self._addresses)
+        engine: Process | Hosted
+        if self.hosted:
+            engine = Hosted(self._reactor, master, name)
+        else:
+            engine = Process(self._reactor, master, name, self._addresses)
         engine.start(setup, variables(self.settings, self._protocol), regions)
         return engine
 

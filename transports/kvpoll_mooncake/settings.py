@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from kvpoll_common.addresses import require_reachable, split_advertised
 from kvpoll_fsm.errors import InvalidInput
+from kvpoll_mooncake.frames import P2P
 
-__all__ = ["P2P", "MooncakeSettings"]
+__all__ = ["MooncakeSettings", "is_ipv6"]
 
-P2P = "P2PHANDSHAKE"
 _URL = re.compile(r"(http|https|etcd)://[^\s/]+(/[^\s]*)?")
 _DEVICES = re.compile(r"[\w.,-]*")
 

@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -15,13 +14,13 @@ from typing import Protocol
 
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
+from kvpoll_mooncake.framing import LENGTH, pack
 
-__all__ = ["ENDED", "LENGTH", "Owner", "Refused", "Stream", "pack"]
+__all__ = ["ENDED", "Owner", "Refused", "Stream"]
 
 _log = logging.getLogger("kvpoll_mooncake")
 
 ENDED = "the other side ended the connection"
-LENGTH = struct.Struct("<I")
 _READ_NBYTES = 64 << 10
 _TURNS = 16
 """Reads before others have their turn."""
@@ -52,11 +51,6 @@ class Owner(Protocol):
     def ended(self, error: Exception) -> None:
         """The connection is gone and closed."""
         ...
-
-
-def pack(frame: bytes) -> bytes:
-    """A frame as it travels: its length, then itself."""
-    return LENGTH.pack(len(frame)) + frame
 
 
 class Stream:
@@ -104,6 +98,14 @@ class Stream:
         self._queue.clear()
         self._reactor.unwatch(self._socket.fileno())
         self._socket.close()
+
+    def finish(self) -> None:
+        """Send nothing more, and tell the other side so, which may still say something."""
+        if self._open:
+            try:
+                self._socket.shutdown(socket.SHUT_WR)
+            except OSError as error:  # it has ended already
+                self._end(error)
 
     def ready(self, mask: int) -> None:
         """The socket can be read or written, or has ended."""

@@ -24,11 +24,12 @@ from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, Range, 
 from kvpoll_mooncake import environment, installed, wire
 from kvpoll_mooncake.handshake import Descriptor, new_identity, read_descriptor
 from kvpoll_mooncake.keeper import Keeper
-from kvpoll_mooncake.lane import Crowd, Lane, Sources
+from kvpoll_mooncake.lane import Lane
 from kvpoll_mooncake.link import MooncakeLink
 from kvpoll_mooncake.maker import Maker
 from kvpoll_mooncake.reception import Reception
 from kvpoll_mooncake.settings import MooncakeSettings
+from kvpoll_mooncake.trouble import Crowd, Sources
 
 __all__ = ["MooncakeTransport"]
 
@@ -260,6 +261,8 @@ class _Inside:
         Raises:
             TransportUnavailable: It does not take it.
         """
+        if region.fd is None and not self._maker.hosted:
+            self._move_in(region)
         done: Future[None] = Future()
 
         def give() -> None:
@@ -268,6 +271,22 @@ class _Inside:
 
         self._loop.post(give)
         self._wait(done)
+
+    def _move_in(self, region: Region) -> None:
+        """Have engines in this process from now on: another one cannot be given this memory."""
+        if self._maker.settings.engine == "child":
+            problem = f"region {region.number} is not in shared memory: a pool that allocates its blocks is, one of "
+            raise TransportUnavailable(
+                "mooncake", problem + "adopted arrays is not", "engine='host' or 'auto' takes it"
+            )
+        ready: Future[None] = Future()
+
+        def replace() -> None:
+            self._maker.hosted = True
+            self.keeper.replace(ready)
+
+        self._loop.post(replace)
+        self._wait(ready)
 
     def sources(self, outbox: Outbox) -> Sources:
         """What links share."""

@@ -15,10 +15,9 @@ import msgspec
 
 from kvpoll_mooncake import frames
 from kvpoll_mooncake.flight import Flights, Submits, cut
-from kvpoll_mooncake.frames import Command, Event, Order, Probe, Register, Setup
+from kvpoll_mooncake.frames import P2P, Command, Event, Order, Probe, Register, Setup
+from kvpoll_mooncake.framing import LENGTH, pack
 from kvpoll_mooncake.memory import map_at
-from kvpoll_mooncake.settings import P2P
-from kvpoll_mooncake.stream import LENGTH, pack
 
 __all__ = ["Worker", "new_engine"]
 
@@ -78,6 +77,7 @@ class Worker:
         self._regions: dict[int, tuple[int, int]] = {}
         self._probed: dict[str, str | None] = {}  # segment: None while the probe is out, then what is wrong with it
         self._waiting: list[Order] = []
+        self._probes: list[threading.Thread] = []
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def run(self) -> None:
@@ -93,6 +93,13 @@ class Worker:
             else:
                 time.sleep(nap_s)
                 nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+
+    def let_go(self) -> None:
+        """Let go of the engine, which ends what it has under way; probes that are out are waited for."""
+        for probe in self._probes:
+            probe.join()
+        self._flights = None
+        os.close(self._bell)
 
     def _say(self, event: Event) -> None:
         """For any thread."""
@@ -192,7 +199,10 @@ class Worker:
             return
         self._probed[segment] = None
         engine: Any = self._engine()
-        threading.Thread(target=self._send_probe, args=(engine, segment), name="probe", daemon=True).start()
+        probe = threading.Thread(target=self._send_probe, args=(engine, segment), name="kvpoll-probe", daemon=True)
+        self._probes = [other for other in self._probes if other.is_alive()]
+        self._probes.append(probe)
+        probe.start()
 
     def _send_probe(self, engine: Engine, segment: str) -> None:
         result = engine.send_probe(segment)

@@ -33,7 +33,6 @@ _TESTS = (
     "forks",
     "leaks",
     "links",
-    "neighbours",
     "processes",
     "refusing",
     "remote",
@@ -43,20 +42,29 @@ _TESTS = (
 )
 """The modules whose asserts tell what was compared, where pytest is what imports them."""
 
-if "pytest" in sys.modules:
-    importlib.import_module("pytest").register_assert_rewrite(*(f"{__name__}.{module}" for module in _TESTS))
+
+def rewrite_asserts() -> None:
+    """Let pytest rewrite the asserts of what is imported later, if it is pytest that imports."""
+    if "pytest" in sys.modules:
+        names = [f"{__name__}.{module}" for module in _TESTS]
+        new = [name for name in names if name not in sys.modules]
+        importlib.import_module("pytest").register_assert_rewrite(*new)
 
 
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    rewrite_asserts()
     try:
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     except ModuleNotFoundError as error:
         if error.name != "pytest":
             raise
         raise ModuleNotFoundError(HINT, name="pytest") from error
+
+
+rewrite_asserts()  # whoever imports a module of ours by name does not come by __getattr__
 
 
 def __dir__() -> list[str]:

@@ -49,17 +49,15 @@ class Base(abc.ABC):
     """The settings of a suite. Only `make` must be given.
 
     Attributes:
-        in_steps: A ticket as large as may be is not done in one go, so that what happens meanwhile can be seen. Set
-            it to False for a transport that copies all of it at once.
-        needs_fd: Memory can be sent from only if it is shared memory (`Region.fd`).
-        refuses_whole: Of a ticket with one write that is not admitted nothing lands. Otherwise what is admitted may.
+        needs_fd: Memory can be sent from only if it is shared memory (`Region.fd`). None finds out which it is.
+        refuses_whole: Of a ticket with one write that is not admitted nothing lands, which is more than is promised:
+            without this what is admitted may.
         within_s: How long one condition is waited for. Far more than it should take: the machine may be busy.
         test_s: How long one test may take; then whatever call it hangs in is ended by an exception.
     """
 
-    in_steps: ClassVar[bool] = True
-    needs_fd: ClassVar[bool] = False
-    refuses_whole: ClassVar[bool] = True
+    needs_fd: ClassVar[bool | None] = None
+    refuses_whole: ClassVar[bool] = False
     within_s: ClassVar[float] = 20.0
     test_s: ClassVar[float] = 55.0
 

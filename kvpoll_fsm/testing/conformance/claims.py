@@ -40,6 +40,8 @@ class Claims(Base):
         assert can.scatter_entries >= 1
         assert can.max_outstanding >= 1
         assert transport.name.replace("-", "_").isidentifier(), transport.name
+        spec = self.spec()
+        assert spec is None or ":" in spec.factory or spec.factory == transport.name, "found under another name"
 
     def test_scatter_entries_are_taken(self, bench: Bench) -> None:
         """As many as it claims."""
@@ -63,12 +65,15 @@ class Claims(Base):
 
     def test_it_cancels_if_it_claims_to(self, bench: Bench) -> None:
         """Of large tickets cancelled at once some end early; without the claim none does, and all are done."""
-        token = bench.rx.grant()
         can = bench.tx.transport.capabilities
-        tickets = [bench.link.submit(HUGE[: can.scatter_entries], token) for _ in range(min(8, can.max_outstanding))]
-        for ticket in tickets:
-            bench.link.cancel(ticket)
-        early = [end for end in bench.calm(token, *tickets) if isinstance(end, Failed)]
+        for _ in range(20 if can.cancellable else 1):  # on a busy machine all may be done before they are cancelled
+            token = bench.rx.grant()
+            tickets = [bench.link.submit(HUGE[: can.scatter_entries], token) for _ in range(min(8, can.max_outstanding))]
+            for ticket in tickets:
+                bench.link.cancel(ticket)
+            early = [end for end in bench.calm(token, *tickets) if isinstance(end, Failed)]
+            if early:
+                break
         assert bool(early) is can.cancellable, early
 
     def test_a_mild_fence_is_one(self, pair: Pair, link: Link) -> None:
@@ -97,7 +102,7 @@ class Claims(Base):
         can = bench.tx.transport.capabilities
         ticket = bench.link.submit(HUGE[: can.scatter_entries], bench.rx.grant())
         bench.done(ticket)
-        assert bool(bench.tx.progress) is (can.reports_progress and self.in_steps), bench.tx.progress
+        assert bool(bench.tx.progress) is can.reports_progress, bench.tx.progress
         assert all(nbytes < MAX_TICKET_NBYTES for nbytes in bench.tx.progress.get(ticket, []))
 
     def test_fileno_is_readable_when_there_is_something(self, bench: Bench) -> None:

@@ -31,13 +31,13 @@ class Leaks(Base):
         """A link that is closed while its transport lives lets go of what it had."""
         pair = Pair(self.side(filled=True), self.side())
         fds, threads = map(len, footprint())
-        for _ in range(30):
+        for _ in range(10):
             link = pair.tx.connect(pair.rx)
             pair.up(link)
             pair.done(link.submit([Write(0, 0, 0, 1)], pair.rx.grant()))
             link.close()
-        pair.until(lambda: len(footprint()[0]) < fds + 10, "file descriptors of closed links to be closed")
-        pair.until(lambda: len(footprint()[1]) < threads + 10, "threads of closed links to end")
+        pair.until(lambda: len(footprint()[0]) < fds + 8, "file descriptors of closed links to be closed")
+        pair.until(lambda: len(footprint()[1]) < threads + 8, "threads of closed links to end")
         pair.close()
 
     def test_what_it_opens_is_not_inherited(self) -> None:

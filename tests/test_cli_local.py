@@ -1,0 +1,214 @@
+"""`kvpoll switch` and `kvpoll report` against running endpoints."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kvpoll_fsm import BlockPool, Endpoint, KVPoll
+from kvpoll_fsm.cli import command
+from kvpoll_fsm.cli_local import _time
+from tests.helpers import LAYOUT, SOON_S, endpoint, make_data, pair, same, transfer
+
+KVPOLL = [sys.executable, "-m", "kvpoll_fsm.cli"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(command(), [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's runtime folder, and no other place where sockets may be."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("kvpoll_fsm.local.places._folders", lambda: [tmp_path / "kvpoll"])
+    return tmp_path
+
+
+@pytest.fixture
+def end(runtime: Path) -> Iterator[Endpoint]:
+    with endpoint("shm", isolation="thread", standby=("tcp",), control_socket="auto") as end:
+        yield end
+
+
+def test_the_one_endpoint_is_found(end: Endpoint) -> None:
+    done = invoke("switch", "tcp")
+    assert (done.exit_code, done.output) == (0, f"new rooms of {end.address}: require:tcp\n")
+    assert end.transports().policy == "require:tcp"
+    done = invoke("switch", "prefer:shm,tcp", "--canary", "0.05")
+    assert done.output == f"new rooms of {end.address}: require:tcp; 5.00% of them: prefer:shm,tcp\n"
+    assert end.transports().share == 0.05
+    done = invoke("switch", "shm", "--json", "--socket", end.control_socket)
+    assert json.loads(done.output)["policy"] == "require:shm"
+
+
+def test_of_several_one_must_be_named(end: Endpoint) -> None:
+    with endpoint("shm", isolation="thread", control_socket="auto") as other:
+        done = invoke("switch", "tcp")
+        assert done.exit_code == 2
+        assert "2 endpoints run here; name one:" in done.output
+        for each in (end, other):
+            assert f"--socket {each.control_socket}  {each.address}, process" in done.output
+        assert invoke("switch", "tcp", "--socket", end.control_socket).exit_code == 0
+        assert end.transports().policy == "require:tcp"
+        assert other.transports().policy == "require:shm"
+
+
+def test_those_that_have_died_do_not_count(end: Endpoint, runtime: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(runtime / "kvpoll" / "1-dead.sock"))
+    assert invoke("report").exit_code == 0
+
+
+def test_without_any_it_says_what_to_do(runtime: Path) -> None:
+    for arguments in (["switch", "tcp"], ["report"]):
+        done = invoke(*arguments)
+        assert done.exit_code == 2
+        assert 'control_socket="auto"' in done.output
+
+
+def test_what_the_endpoint_refuses(end: Endpoint) -> None:
+    done = invoke("switch", "memory")
+    assert done.exit_code == 1
+    assert "kvpoll: TransportUnavailable: transport 'memory': is not loaded by this endpoint; standby=" in done.output
+    assert end.transports().policy == "require:shm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["fastest:tcp"], "unknown mode"),
+        (["tcp", "--canary", "1.5"], "above 0 and below 1"),
+        (["tcp", "--canary", "nan"], "above 0 and below 1"),
+        (["tcp", "--canary", "many"], "not a valid float"),
+        ([], "Missing argument"),
+    ],
+)
+def test_what_is_not_asked(runtime: Path, arguments: list[str], problem: str) -> None:
+    done = invoke("switch", *arguments)
+    assert done.exit_code == 2
+    assert problem in done.output
+
+
+def test_nobody_at_the_socket(runtime: Path) -> None:
+    done = invoke("switch", "tcp", "--socket", runtime / "none")
+    assert done.exit_code == 1
+    assert f"kvpoll: no endpoint answers at {runtime / 'none'}: No such file" in done.output
+
+
+def test_a_folder_that_others_can_enter(end: Endpoint, runtime: Path) -> None:
+    (runtime / "kvpoll").chmod(0o755)
+    done = invoke("report")
+    (runtime / "kvpoll").chmod(0o700)
+    assert done.exit_code == 2
+    assert "must be yours alone" in done.output
+
+
+def test_the_report_for_people(end: Endpoint) -> None:
+    with endpoint("shm", isolation="thread", standby=("tcp",)) as rx:
+        transfer(end, rx, 1)
+        end.sender(2).clear()
+        lines = invoke("report").output.splitlines()
+    assert lines[0].startswith(f"{end.address}, 0 s, 0 rooms open")
+    assert " ".join(lines[1].split()) == "transport rooms success p50 p90 p99 parts bytes again"
+    none, shm = (line.split() for line in lines[2:4])
+    assert none == ["sent", "none", "1", "0.00%", "0", "0.0", "MB", "0"]
+    assert shm[:4] == ["sent", "shm", "1", "100.00%"]
+    assert shm[-4:] == ["2", "0.0", "MB", "0"]
+    assert lines[4:] == ["sent by none, failures: Aborted 1"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (0.00123, "1.23 ms"), (1.5, "1.5 s"), (120.0, "120 s")])
+def test_durations(seconds: float | None, text: str) -> None:
+    assert _time(seconds) == text
+
+
+# Under load
+
+IN_FLIGHT = 200
+TOKENS = 40
+
+
+def kvpoll(*arguments: object) -> dict[str, Any]:
+    """The command itself, in a process."""
+    done = subprocess.run(
+        [*KVPOLL, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=40, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+class Load:
+    """Rooms, as many at a time as there may be, until it is told to stop."""
+
+    def __init__(self, tx: Endpoint, rx: Endpoint) -> None:
+        self.tx, self.rx = tx, rx
+        self.ended: dict[int, KVPoll] = {}
+        self.unequal: list[int] = []
+        self.by: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        live: dict[int, Any] = {}
+        room = 0
+        while live or not self._stop.is_set():
+            while len(live) < IN_FLIGHT and not self._stop.is_set():
+                live[room] = self._open(room)
+                room += 1
+            oldest = next(iter(live))
+            self._close(oldest, *live.pop(oldest))
+
+    def _open(self, room: int) -> Any:
+        data = make_data(TOKENS, seed=room)
+        sender = self.tx.sender(room, required_ranks=1)
+        sender.send(data)
+        return sender, self.rx.receiver(room, peer=str(self.tx.address), tokens=32), data
+
+    def _close(self, room: int, sender: Any, receiver: Any, data: Any) -> None:
+        self.ended[room] = sender.wait(SOON_S)
+        if receiver.wait(SOON_S) is not KVPoll.Success or not same(receiver.result(timeout=0), data):
+            self.unequal.append(room)
+        for part in sender.parts:
+            self.by[part.transport] = self.by.get(part.transport, 0) + 1
+        sender.clear()
+        receiver.clear()
+
+
+@pytest.mark.both
+def test_switched_there_and_back_with_200_rooms_in_flight_no_room_is_lost(isolation: str, tmp_path: Path) -> None:
+    pools = {"tx": {"pool": BlockPool(LAYOUT, 128)}, "rx": {"pool": BlockPool(LAYOUT, 128)}}
+    path = tmp_path / "socket"
+    with (
+        pair("shm", standby=("tcp",), tx={**pools["tx"], "control_socket": path}, rx=pools["rx"]) as (tx, rx),
+        Load(tx, rx) as load,
+    ):
+        for policy in ("tcp", "shm"):
+            assert kvpoll("switch", policy, "--socket", path)["policy"] == f"require:{policy}"
+        report = kvpoll("report", "--socket", path)
+    assert len(load.ended) > IN_FLIGHT
+    assert set(load.ended.values()) == {KVPoll.Success}
+    assert not load.unequal
+    assert load.by.keys() == {"shm", "tcp"}
+    assert sum(load.by.values()) == 2 * len(load.ended)
+    assert {name: row["success_share"] for name, row in report["sent"].items()} == {"shm": 1.0, "tcp": 1.0}
+    assert all(row["latency_s"]["count"] == row["rooms"] > 0 for row in report["sent"].values())

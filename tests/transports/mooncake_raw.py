@@ -1,0 +1,197 @@
+"""The adapters' protocol by hand, for tests of what a well-behaved peer would not do; and a transport's engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from kvpoll_fsm.spi import Failed, Link, LinkDown, Transport
+from kvpoll_fsm.testing.conformance.sides import SIZES, Pair, Side, until
+from kvpoll_mooncake import handshake, wire
+from kvpoll_mooncake.framing import pack
+from kvpoll_mooncake.wire import Base, Engine, Hello, Proof
+
+
+def changed(transport: Transport, **changes: Any) -> bytes:
+    """The transport's descriptor, but for some of it."""
+    descriptor = msgspec.msgpack.decode(transport.descriptor())
+    return msgspec.msgpack.encode({**descriptor, **changes})
+
+
+class Peer:
+    """One end of a connection, that waits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.socket.settimeout(20)
+
+    def say(self, *messages: wire.Message | bytes) -> None:
+        for message in messages:
+            self.socket.sendall(pack(message if isinstance(message, bytes) else wire.encode(message)))
+
+    def hear(self) -> wire.Message | None:
+        """The next message, or None at the end of the connection."""
+        head = self._exactly(4)
+        return wire.decode(self._exactly(struct.unpack("<I", head)[0])) if head else None
+
+    def _exactly(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            try:
+                piece = self.socket.recv(nbytes - len(data))
+            except ConnectionResetError:
+                return b""
+            if not piece:
+                return b""
+            data += piece
+        return data
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Writer(Peer):
+    """Another adapter's end of a connection to a receiver, as far as it has proved itself."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.descriptor = handshake.read_descriptor(transport.descriptor())
+        super().__init__(socket.create_connection((self.descriptor.host, self.descriptor.port)))
+
+    def introduce(self, writer: bytes = b"w" * 16, **changes: Any) -> Hello:
+        ours = msgspec.structs.replace(handshake.hello(self.descriptor.incarnation, writer), **changes)
+        self.say(ours)
+        theirs = self.hear()
+        assert isinstance(theirs, Hello)
+        self.hellos = ours, theirs
+        return theirs
+
+    def prove(self, secret: bytes | None = None) -> None:
+        self.say(handshake.prove(secret or self.descriptor.secret, handshake.SENDER, *self.hellos))
+
+    def join(self) -> Engine:
+        """All of the opening; returns the engine."""
+        self.introduce()
+        self.prove()
+        assert isinstance(self.hear(), Proof)
+        engine = self.hear()
+        assert isinstance(engine, Engine)
+        return engine
+
+
+class Impostor:
+    """A receiver's adapter that lies, in a thread: it proves itself and then does what the test says.
+
+    Attributes:
+        descriptor: How to connect to it.
+        heard: What it was told after the handshake.
+    """
+
+    def __init__(self, act: Callable[[Peer], None], speaks: bool = True) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        host, port = self._listening.getsockname()
+        self._identity = handshake.new_identity(host, port, "tcp", "P2PHANDSHAKE")
+        self.descriptor = msgspec.msgpack.encode(self._identity)
+        self.heard: list[wire.Message] = []
+        self._act = act
+        self._speaks = speaks
+        self._connections: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listening.accept()
+            except OSError:
+                return
+            self._connections.append(sock)
+            if self._speaks:
+                threading.Thread(target=self._talk, args=(Peer(sock),), daemon=True).start()
+
+    def _talk(self, peer: Peer) -> None:
+        theirs = peer.hear()
+        assert isinstance(theirs, Hello)
+        ours = handshake.hello(self._identity.incarnation)
+        peer.say(ours)
+        assert isinstance(peer.hear(), Proof)
+        peer.say(handshake.prove(self._identity.secret, handshake.RECEIVER, theirs, ours))
+        self._act(peer)
+        try:
+            while (message := peer.hear()) is not None:
+                self.heard.append(message)
+        except OSError:  # closed by the test
+            pass
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._thread.join()
+        for sock in self._connections:
+            sock.close()
+
+
+def engine_at(port: int, number: int = 1, address: int = 1 << 45) -> Engine:
+    """An engine that listens at a port of this host, or says so."""
+    bases = tuple(Base(region, address + (region << 30), size) for region, size in enumerate(SIZES))
+    return Engine(number, f"127.0.0.1:{port}", bases)
+
+
+def down(side: Side, descriptor: bytes) -> tuple[Link, str]:
+    """A link to whom this describes, and why it went down."""
+    link = side.transport.connect(descriptor, [])
+    side.until(lambda: reasons(side, link), "the link to go down")
+    return link, reasons(side, link)[0]
+
+
+def reasons(side: Side, link: Link) -> list[str]:
+    """Why a link went down."""
+    return [seen.reason for seen in side.seen if isinstance(seen, LinkDown) and seen.link == link.number]
+
+
+# A transport's engines
+
+
+def receiving_pid(side: Side) -> int:
+    """The process of the engine that receives; 0 while there is none that takes writes."""
+    keeper = side.transport._inside.keeper  # type: ignore[attr-defined]
+    process = keeper._life.process
+    return 0 if keeper.current is None or process is None else int(process.pid)
+
+
+def sending_pid(link: Link) -> int:
+    """The process of the engine that sends over a link; 0 while there is none in use."""
+    ours = link.lane._engine  # type: ignore[attr-defined]
+    return int(ours.running.pid) if ours.up else 0
+
+
+def stop(pid: int) -> None:
+    """Stop a process; it does not run any more on return."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: state(pid) == "T", "the process to stop")
+
+
+def state(pid: int) -> str:
+    """What the kernel says of a process."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return state(pid) not in "ZX"
+    except OSError:
+        return False
+
+
+def failed(pair: Pair, ticket: int) -> Failed:
+    """How a ticket failed, once nothing of it can land any more."""
+    end = pair.failed(ticket)
+    pair.until(lambda: end.quiescent or ticket in pair.tx.quiesced, "the ticket to come to rest")
+    return end
