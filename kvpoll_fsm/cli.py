@@ -52,7 +52,7 @@ def command() -> click.Command:
     """The whole command, as click has it."""
     import click
 
-    from kvpoll_fsm import cli_bench, cli_config, cli_local, cli_simulate, cli_tools
+    from kvpoll_fsm import cli_bench, cli_config, cli_conformance, cli_local, cli_simulate, cli_tools
 
     group = click.Group("kvpoll", help="The status of a transfer as an explicit state machine.")
     group.add_command(_demo_command())
@@ -61,6 +61,7 @@ def command() -> click.Command:
         group.add_command(tool)
     for tool in (cli_local.switch, cli_local.report, cli_config.config, cli_config.transports):
         group.add_command(tool)
+    group.add_command(cli_conformance.conformance)
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 
 

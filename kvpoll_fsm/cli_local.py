@@ -19,8 +19,8 @@ from kvpoll_fsm.switching import read_share
 
 __all__ = ["report", "switch"]
 
-MIN_WIDTH = 120
-"""Of a report: a narrower terminal shows its lines in two."""
+WIDTH = 120
+"""Of a report, whatever the terminal's: no number is cut."""
 LOOK_S = 2.0
 """How long each of several endpoints is given to say who it is."""
 
@@ -89,8 +89,7 @@ def _print(rows: list[list[str]]) -> None:
         table.add_column(name, no_wrap=True, justify="left" if name in ("", "transport") else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table, width=max(console.width, MIN_WIDTH), crop=False)
+    Console(highlight=False, width=WIDTH).print(table)
 
 
 def _cells(side: str, name: str, row: dict[str, Any]) -> list[str]:

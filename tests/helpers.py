@@ -33,7 +33,7 @@ TOKEN_NBYTES, ROOM_NBYTES = 8 * 2 + 4, 4 * 8
 TRANSPORTS = ("memory", "tcp", "shm")
 ANY_SOURCE = ("memory", "tcp")
 """Those that send from any memory, an engine's own arrays too."""
-SOON_S = 10.0
+SOON_S = 20.0
 """Longest wait for what should happen at once: on a busy machine nothing does."""
 
 PATIENT = Deadlines()

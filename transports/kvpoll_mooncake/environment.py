@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvpoll_mooncake.frames import P2P
 from kvpoll_mooncake.settings import MooncakeSettings, is_ipv6
 
 __all__ = ["problem_of", "variables"]
@@ -16,12 +17,13 @@ def problem_of(environ: Mapping[str, str]) -> str:
     return ""
 
 
-def variables(settings: MooncakeSettings, protocol: str) -> dict[str, str]:
+def variables(settings: MooncakeSettings, protocol: str, host: str) -> dict[str, str]:
     """What is set for an engine.
 
     Args:
         settings: The transport's.
         protocol: "tcp" or "rdma".
+        host: Where peers reach this machine, in numbers.
     """
     chosen: dict[str, object] = {
         "MC_FORCE_TCP": 1 if protocol == "tcp" else None,
@@ -40,6 +42,8 @@ def variables(settings: MooncakeSettings, protocol: str) -> dict[str, str]:
         "MC_MTU": settings.mtu,
         "MC_SLICE_SIZE": settings.rdma_slice_nbytes,
         "MC_RETRY_CNT": settings.retry_count,
-        "MC_USE_IPV6": 1 if is_ipv6(settings.host) else None,
+        "MC_USE_IPV6": 1 if is_ipv6(host) else None,
+        # What servers tell peers; else it is the address of the first network interface that comes up.
+        "MC_TCP_BIND_ADDRESS": None if settings.metadata == P2P else host,
     }
     return {name: str(value) for name, value in chosen.items() if value is not None}

@@ -156,8 +156,8 @@ class Keeper:
         """The engine has ended: whatever was to land has landed, or never will."""
         life = self._life
         life.process, self.current = None, None
-        crashed = not (life.fencing or life.stopped or life.successor is not None)
-        if crashed:
+        crashed = not life.fencing
+        if crashed and not life.stopped and life.successor is None:
             _log.warning("the receiving engine ended, %s: %s", how, engine.last_words())
         self._failed(TransportUnavailable("mooncake", f"its engine ended, {how}: {engine.last_words()}"))
         self._clear_out(crashed)

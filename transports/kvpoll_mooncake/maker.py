@@ -58,7 +58,7 @@ class Maker:
             engine = Hosted(self._reactor, master, name)
         else:
             engine = Process(self._reactor, master, name, self._addresses)
-        engine.start(setup, variables(self.settings, self._protocol), regions)
+        engine.start(setup, variables(self.settings, self._protocol, self._host), regions)
         return engine
 
     def _name(self) -> str:

@@ -32,8 +32,10 @@ _log = logging.getLogger("kvpoll_mooncake")
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 _OURS = ("MC_FORCE_TCP", "MC_FORCE_HCA")
 """Variables that decide the protocol, which is ours to decide."""
-_LAST_LINES = 4
-_LINE_NBYTES = 400
+_LAST_LINES = 2
+_LINE_NBYTES = 300
+_NOISE = b"Local segment descriptor not found"
+"""Said by every engine that starts."""
 
 
 class Process:
@@ -198,17 +200,18 @@ class _Errors:
             *lines, self._rest = (self._rest + data).split(b"\n")
             self._rest = self._rest[-_LINE_NBYTES:]
             for line in lines if data else [*lines, self._rest]:
-                self._take(line[:_LINE_NBYTES].decode("utf-8", "replace").strip())
+                self._take(line[:_LINE_NBYTES])
             if not data:
                 return True
         return True
 
-    def _take(self, line: str) -> None:
-        if not line:
-            return
-        # Mooncake says many things at level W and E that concern nobody: they are news only if something fails.
-        _log.debug("%s: %s", self._name, line)
-        self._lines.append(line)
+    def _take(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").strip()
+        if text:
+            # Mooncake says many things at level W and E that concern nobody: they are news only if something fails.
+            _log.debug("%s: %s", self._name, text)
+        if text and line[:1] not in (b"I", b"W") and _NOISE not in line:
+            self._lines.append(text)
 
     def last(self) -> str:
         return " | ".join(self._lines)

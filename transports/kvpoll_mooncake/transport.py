@@ -298,6 +298,7 @@ class _Inside:
 
         def look() -> None:
             if self.keeper.over and all(lane.is_over for lane in lanes):
+                self._reception.stop()  # the writers have been told
                 return over.set_result(None)
             self._loop.reactor.later(0.002, look)
 
@@ -306,7 +307,6 @@ class _Inside:
                 lane.close()
                 lane.bury()
             self.keeper.stop()
-            self._reception.stop()
             look()
 
         if self._loop.post(stop):

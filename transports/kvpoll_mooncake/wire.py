@@ -148,7 +148,7 @@ class Over(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Gone(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """An engine has ended. `crashed`: not because somebody's tickets were to be stopped."""
+    """An engine has ended. `crashed`: not because somebody's tickets were to be stopped; it also may have closed."""
 
     engine: Unsigned
     fenced: Annotated[tuple[Unsigned, ...], Meta(max_length=2 * MAX_TICKETS)]

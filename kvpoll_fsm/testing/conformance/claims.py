@@ -68,7 +68,9 @@ class Claims(Base):
         can = bench.tx.transport.capabilities
         for _ in range(20 if can.cancellable else 1):  # on a busy machine all may be done before they are cancelled
             token = bench.rx.grant()
-            tickets = [bench.link.submit(HUGE[: can.scatter_entries], token) for _ in range(min(8, can.max_outstanding))]
+            tickets = [
+                bench.link.submit(HUGE[: can.scatter_entries], token) for _ in range(min(8, can.max_outstanding))
+            ]
             for ticket in tickets:
                 bench.link.cancel(ticket)
             early = [end for end in bench.calm(token, *tickets) if isinstance(end, Failed)]
