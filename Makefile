@@ -21,17 +21,22 @@ TEST_EXTRAS := test,dev,torch,redis,etcd,metrics
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
+# Installs must not run at the same time; `test` says what may.
+ifndef APART
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
-.PHONY: help demo test isolated check coverage explore soak fuzz chaos bench clean
+.PHONY: help demo test isolated check coverage explore soak fuzz chaos bench mooncake faults-mooncake clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 17
 
 demo: .venv/.stamp-demo ## run the demo; other sizes with: make demo ARGS="--tokens 500 ..."
 	$(BIN)/kvpoll demo $(ARGS)
 
-test: check explore coverage ## all static checks, the quick exploration, all tests, the coverage gates
+test: .venv/.stamp-test ## all static checks, the quick exploration, all tests, the coverage gates
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target APART=yes check explore
+	$(MAKE) --no-print-directory coverage
 
 # Of the others, those that look inside a driver are left out or skipped, and say so.
 isolated: .venv/.stamp-test ## the tests of whole endpoints once more, each driver in a process of its own
@@ -80,6 +85,12 @@ fuzz: .venv/.stamp-fuzz ## every decoder under atheris, some minutes; longer wit
 chaos: .venv/.stamp-demo ## 1,000 rooms under random faults, about 4 minutes, as root; one again with: make chaos SEED=7
 	$(BIN)/python -m tests.chaos.run $(if $(SEED),--seed $(SEED))
 
+mooncake: .venv/.stamp-mooncake ## install what the transport mooncake needs, and run the demo over it
+	$(BIN)/kvpoll demo --transport require:mooncake $(ARGS)
+
+faults-mooncake: .venv/.stamp-test ## what goes wrong with Mooncake, in its own time: about 3 minutes
+	$(BIN)/pytest -n $(WORKERS) --slow -m slow tests/transports/test_mooncake_slow.py
+
 bench: .venv/.stamp-bench ## the library beside its peers, in under 15 minutes; figures and plots go to docs/
 	$(BIN)/kvpoll bench --out docs
 
@@ -98,6 +109,13 @@ clean: ## remove everything that make and the tools made, .venv included
 	$(PIP) hatchling
 	@touch $@
 
+# Debian packages $(1), if this is Debian and we are root; else $(2) is said.
+DEBS = dpkg -s $(1) >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'installing $(1)' && apt-get -qq update \
+	     && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install $(1) >/dev/null; } \
+	|| echo '$(2): as root, apt-get install $(1)' >&2
+MOONCAKE_DEBS := libibverbs1 librdmacm1 libnuma1 libcurl4
+
 .venv/.stamp-demo: pyproject.toml $(PINS) | .venv/.stamp-venv
 	$(PIP) --no-build-isolation -e '.[cli]'
 	@touch $@
@@ -105,6 +123,12 @@ clean: ## remove everything that make and the tools made, .venv included
 # What the tests install contains what the demo needs: both stamps.
 .venv/.stamp-test: pyproject.toml $(PINS) | .venv/.stamp-venv
 	$(PIP) --no-build-isolation -e '.[$(TEST_EXTRAS)]'
+	@$(call DEBS,$(MOONCAKE_DEBS),Mooncake cannot be tested)
+	@touch .venv/.stamp-demo $@
+
+.venv/.stamp-mooncake: pyproject.toml $(PINS) | .venv/.stamp-venv
+	$(PIP) --no-build-isolation -e '.[cli,mooncake]'
+	@$(call DEBS,$(MOONCAKE_DEBS),Mooncake will not work)
 	@touch .venv/.stamp-demo $@
 
 # atheris is an extra of its own: 35 MB, and only for Python 3.11 to 3.13 on x86-64.
@@ -115,11 +139,7 @@ clean: ## remove everything that make and the tools made, .venv included
 	@touch $@
 
 # Peers that only the benchmarks need. What cannot be installed is named as missing in the results.
-BENCH_DEBS := iperf3 libibverbs1 librdmacm1 libnuma1 libcurl4
 .venv/.stamp-bench: pyproject.toml $(PINS) | .venv/.stamp-venv
 	$(PIP) --no-build-isolation -e '.[bench]'
-	@dpkg -s $(BENCH_DEBS) >/dev/null 2>&1 \
-	|| { [ "$$(id -u)" = 0 ] && echo 'installing $(BENCH_DEBS)' && apt-get -qq update \
-	     && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install $(BENCH_DEBS) >/dev/null; } \
-	|| echo 'iperf3 or Mooncake may be missing: as root, apt-get install $(BENCH_DEBS)' >&2
+	@$(call DEBS,iperf3 $(MOONCAKE_DEBS),iperf3 or Mooncake may be missing)
 	@touch .venv/.stamp-demo $@

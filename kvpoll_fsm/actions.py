@@ -85,6 +85,18 @@ class Actions:
             if key is not None:
                 self.guarded(key, lambda: self._outgoing.completed(name, completion))
 
+    def breakers(self, key: RoomKey) -> list[dict[str, Any]]:
+        """The breakers that are not closed, of those to whom a sender's room goes."""
+        found: list[dict[str, Any]] = []
+        all_of = self._core.breakers
+        for conn in self._core.sessions[key].conns if key.side == "sender" else ():
+            for transport, breaker in all_of.of(conn).items():
+                left_s = self._timers.left_s((None, all_of.timer_of(conn, transport))) or 0.0
+                state = "half-open" if breaker.half_open else "open"
+                told = {"state": state, "cause": breaker.cause, "left_s": round(left_s, 3)}
+                found.append({"transport": transport, **told})
+        return found
+
     def hang_up(self, conn: int) -> None:
         """A connection has ended for good."""
         self._links.hang_up(conn)

@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import structs
 
-from kvpoll_fsm.commands import Preflight, SetTimer, StartPart, Target
+from kvpoll_fsm.commands import CancelWrites, Preflight, SetTimer, StartPart, Target
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.effects import BreakerMoved, Do, Outbox
 from kvpoll_fsm.errors import FailureCode
@@ -81,22 +81,37 @@ class Breakers:
     def __len__(self) -> int:
         return len(self._by_place)
 
+    @staticmethod
+    def timer_of(conn: int, transport: str) -> str:
+        """The timer that ends the time for which a breaker is open."""
+        return f"{BREAKER_TIMER} {conn} {transport}"
+
     def of(self, conn: int) -> dict[str, Breaker]:
         """Those of a connection, by transport."""
         return {name: breaker for (number, name), breaker in self._by_place.items() if number == conn}
 
     # What rooms want
 
-    def preflight(self, key: RoomKey, command: Preflight) -> None:
-        """Have a port reached, unless the breaker is in the way."""
+    def asked(self, key: RoomKey, session: Session, command: Preflight | StartPart | CancelWrites) -> None:
+        """Pass on what a room wants of a transport, unless a breaker is in the way."""
+        if isinstance(command, Preflight):
+            return self._preflight(key, command)
+        if isinstance(command, StartPart):
+            return self._start(key, command)
+        slot = session.slots.get(command.rank) if isinstance(session, SenderSession) else None
+        if slot is not None:  # it counts at once: who knows when a transport that hangs says so
+            attempt = (key, command.rank, command.part, command.attempt)
+            self._failed((slot.conn, slot.transports[0]), attempt, command.why, counts=True)
+        self._out.emit(Do(key, command))
+
+    def _preflight(self, key: RoomKey, command: Preflight) -> None:
         refusal = "" if command.insist else self._refusal((command.conn, command.transport))
         if refusal:
             self._out.feed(key, Preflighted(command.rank, command.conn, command.transport, False, refusal, True))
         else:
             self._out.emit(Do(key, command))
 
-    def start(self, key: RoomKey, command: StartPart) -> None:
-        """Have a part written, but not where a breaker is in the way."""
+    def _start(self, key: RoomKey, command: StartPart) -> None:
         if self._by_place:
             targets = tuple(self._admitted(key, command, target) for target in command.targets)
             command = structs.replace(command, targets=targets)
@@ -193,7 +208,7 @@ class Breakers:
         wait_s = min(least if before is None else 2 * before.wait_s, most)
         self._epoch += 1
         breaker = self._by_place[place] = Breaker(cause, wait_s, self._epoch, blamed=blamed)
-        self._out.timer(None, SetTimer(f"{BREAKER_TIMER} {place[0]} {place[1]}", wait_s, self._epoch))
+        self._out.timer(None, SetTimer(self.timer_of(*place), wait_s, self._epoch))
         self._tell(place, breaker, "open", again=before is not None)
 
     def _close(self, place: Place, breaker: Breaker) -> None:
@@ -202,7 +217,7 @@ class Breakers:
         self._spread(place)
 
     def _tell(self, place: Place, breaker: Breaker, state: str, *, again: bool = False) -> None:
-        self._out.emit(BreakerMoved(*place, state, breaker.cause, breaker.wait_s, again))
+        self._out.emit(BreakerMoved(*place, state, breaker.cause, breaker.wait_s, again, breaker.blamed is None))
 
     def _spread(self, place: Place) -> None:
         """Rooms under way may have the transport back with their next part."""

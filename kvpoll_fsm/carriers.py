@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from kvpoll_fsm import registry
 from kvpoll_fsm.arena import BlockPool
@@ -14,9 +15,22 @@ from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.spi import Completion, Gathers, Transport
 
-__all__ = ["Carriers", "load_transports"]
+__all__ = ["Carriers", "Loaded", "load_transports"]
 
 log = logging.getLogger("kvpoll_fsm")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The transports of an endpoint, not started.
+
+    Attributes:
+        transports: By name.
+        left_out: Why others could not be loaded, by name.
+    """
+
+    transports: Mapping[str, Transport]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class Carriers:
@@ -26,12 +40,12 @@ class Carriers:
         live: The transports that work, by name. All who use transports share it.
         fatal: Why the endpoint has to end: no transport is left, or one cannot be closed.
         unsafe: One could not be closed: nobody can say whether it still writes.
-        left_out: Why others do not, by name: those that could not start, and those that broke.
+        left_out: Why others do not, by name: those that could not be loaded or started, and those that broke.
     """
 
-    def __init__(self, transports: Mapping[str, Transport], control: Control) -> None:
-        self.live = dict(transports)
-        self.left_out: dict[str, str] = {}
+    def __init__(self, loaded: Loaded, control: Control) -> None:
+        self.live = dict(loaded.transports)
+        self.left_out = dict(loaded.left_out)
         self.fatal: TransportUnavailable | None = None
         self.unsafe = False
         self._control = control
@@ -57,7 +71,7 @@ class Carriers:
                 offers.append(_start(name, transport, pool))
             except TransportUnavailable as error:
                 log.warning("transport left out: %s", error)
-                self.left_out[name] = f"{error.problem}; {error.hint}" if error.hint else error.problem
+                self.left_out[name] = _reason(error)
                 if name in needed:
                     refusals.append(error)
                 del self.live[name]
@@ -76,8 +90,8 @@ class Carriers:
             if name in self.live:
                 continue
             if name in self.left_out:
-                raise TransportUnavailable(name, "does not work here: " + self.left_out[name])
-            registry.load(name)
+                raise TransportUnavailable(name, "was left out: " + self.left_out[name])
+            registry.find(name)  # not loaded: nobody may make this thread import something
             here = f"standby=({name!r},) has it loaded from the start; loaded are: {', '.join(self.live)}"
             raise TransportUnavailable(name, "is not loaded by this endpoint", here)
 
@@ -143,7 +157,7 @@ class Carriers:
                 self.unsafe = True
 
 
-def load_transports(config: Config) -> dict[str, Transport]:
+def load_transports(config: Config) -> Loaded:
     """The transports of the policy and those on standby, not started; those that cannot be loaded are left out.
 
     Raises:
@@ -161,7 +175,11 @@ def load_transports(config: Config) -> dict[str, Transport]:
         raise refusals[config.policy.names[0]]
     for refusal in refusals.values():
         log.warning("transport left out: %s", refusal)
-    return loaded
+    return Loaded(loaded, {name: _reason(refusal) for name, refusal in refusals.items()})
+
+
+def _reason(error: TransportUnavailable) -> str:
+    return f"{error.problem}; {error.hint}" if error.hint else error.problem
 
 
 def _make(name: str, config: Config) -> Transport:

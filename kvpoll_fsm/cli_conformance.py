@@ -109,8 +109,11 @@ def _shown(count: int) -> str:
 
 
 def _list(console: Console, results: list[Result]) -> None:
-    for result in results:
-        console.print(f"{result.outcome}: ", style=_MARKS[result.outcome], end="")
-        console.print(f"{result.theme}, {result.name}: {result.reason}", soft_wrap=True, markup=False)
-        if result.outcome == "failed":
-            console.print(f"    {result.promise}", soft_wrap=True, markup=False)
+    """Each with its reason; those of one theme and reason together."""
+    for (outcome, theme, reason), alike in groupby(results, lambda each: (each.outcome, each.theme, each.reason)):
+        group = list(alike)
+        console.print(f"{outcome}: ", style=_MARKS[outcome], end="")
+        name = group[0].name if len(group) == 1 else f"{len(group)} tests"
+        console.print(f"{theme}, {name}: {reason}".removesuffix(": "), soft_wrap=True, markup=False)
+        if outcome == "failed":
+            console.print(f"    {group[0].promise}", soft_wrap=True, markup=False)

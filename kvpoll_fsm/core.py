@@ -364,10 +364,8 @@ class EndpointCore:
             self._lessor.regrant(key, command)
         elif isinstance(command, commands.Release):
             self._lessor.release(key, command)
-        elif isinstance(command, commands.Preflight):
-            self.breakers.preflight(key, command)
-        elif isinstance(command, commands.StartPart):
-            self.breakers.start(key, command)
+        elif isinstance(command, (commands.Preflight, commands.StartPart, commands.CancelWrites)):
+            self.breakers.asked(key, session, command)
         else:
             if isinstance(command, commands.Fence) and not command.force:
                 self._lessor.quarantine(key, command.part)

@@ -11,14 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.carriers import Carriers
+from kvpoll_fsm.carriers import Carriers, Loaded
 from kvpoll_fsm.channel import ACK_AFTER_S, RESEND_AFTER_S
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.connection import check_introduction
@@ -79,7 +79,7 @@ class Driver:
         self,
         pool: BlockPool,
         config: Config,
-        transports: Mapping[str, Transport],
+        transports: Loaded,
         sign: Sign,
         guest: Guest | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class Driver:
         Args:
             pool: The blocks.
             config: The settings.
-            transports: Not started yet, by name.
+            transports: Not started yet.
             sign: Set by every call of the host: tells a live host from a live driver.
             guest: Somebody who has his turn in the loop.
         """
@@ -253,6 +253,10 @@ class Driver:
             self.core.end(conn, str(error), FailureCode.LimitReached)
             raise
         return conn
+
+    def breakers(self, key: RoomKey) -> list[dict[str, Any]]:
+        """What stands in the way of a sender's room. Driver's thread."""
+        return self._actions.breakers(key)
 
     def refused(self) -> dict[str, dict[str, int]]:
         """How often something was refused, by plane and reason. Driver's thread."""

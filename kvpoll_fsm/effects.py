@@ -57,6 +57,7 @@ class BreakerMoved(Struct, frozen=True):
         cause: Why it opened last.
         wait_s: How long it stays open.
         again: It has opened from half-open.
+        port: It was the port that could not be reached; no part was lost by it.
     """
 
     conn: int
@@ -65,6 +66,7 @@ class BreakerMoved(Struct, frozen=True):
     cause: str
     wait_s: float = 0.0
     again: bool = False
+    port: bool = False
 
 
 Effect = Transmit | Do | Changed | BreakerMoved | Hangup

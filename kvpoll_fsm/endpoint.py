@@ -124,6 +124,7 @@ class Endpoint:
         Raises:
             TransportUnavailable: No transport of the policy can be used (`require`: the one named); says why.
             AddressError: The listen address cannot be bound.
+            InvalidInput: It has been started before, or nothing can listen at `control_socket`.
         """
         if self._engine is not None:
             raise InvalidInput("the endpoint has been started before; make a new one")
@@ -314,8 +315,10 @@ class Endpoint:
         """Every room that is not over: the gate that holds it, since when, and what would open it.
 
         Each is a dict of side, room, rank, tag, state, gate, waits_for (a sentence), waited_s (seconds at this
-        gate), limit_s (how long it may wait there without a sign of progress, None once it is terminal) and
-        bytes_done. A room that is terminal is listed until no write of it can land and it was cleared.
+        gate), limit_s (how long it may wait there without a sign of progress, None once it is terminal), bytes_done
+        and breakers: at a sender, a dict of transport, state ("open" or "half-open"), cause and left_s (seconds until
+        it is tried again) for each transport to the room's peers that has failed lately. A room that is terminal is
+        listed until no write of it can land and it was cleared.
         """
         rooms: list[dict[str, Any]] = self._ask("dump")
         return rooms

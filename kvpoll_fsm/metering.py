@@ -160,7 +160,7 @@ class Meter:
         def fed(key: RoomKey, event: Input) -> None:
             if isinstance(event, PartWritten):
                 self._written(key, event)
-            elif isinstance(event, Preflighted) and not event.ok:
+            elif isinstance(event, Preflighted) and not (event.ok or event.shut):
                 self._unserved(key, event.transport, FailureCode.TransportUnavailable)
             feed(key, event)
 
@@ -193,7 +193,8 @@ class Meter:
         if not command.attempt:
             run.failed_on.clear()
         for target in command.targets:
-            run.tried.setdefault(target.transport, "")
+            if not target.shut:
+                run.tried.setdefault(target.transport, "")
             before = run.failed_on.pop(target.rank, None)
             if before is not None:
                 self._tally("sent", before).reissued += 1
@@ -207,8 +208,10 @@ class Meter:
             tally.parts += 1
             tally.nbytes += run.part_nbytes
             return
+        if event.shut:  # it was not tried
+            return
         run.failed_on[event.rank] = event.transport
-        if not event.collateral:
+        if not (event.collateral or event.ours):
             self._unserved(key, event.transport, FailureCode.TransportFailed)
 
     def _unserved(self, key: RoomKey, name: str, code: FailureCode) -> None:

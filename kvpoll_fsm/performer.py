@@ -107,7 +107,8 @@ class Performer:
         repeats = moved.state == "half-open" or moved.again
         connection = self._core.connections.get(moved.conn)
         peer = connection.peer.hex() if connection and connection.peer else ""
-        level = logging.DEBUG if repeats else logging.WARNING if moved.state == "open" else logging.INFO
+        alarming = moved.state == "open" and not moved.port
+        level = logging.DEBUG if repeats else logging.WARNING if alarming else logging.INFO
         text = "breaker %s transport=%s peer=%s wait_s=%g cause=%s"
         log.log(level, text, moved.state, moved.transport, peer, moved.wait_s, moved.cause)
 

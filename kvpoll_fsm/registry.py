@@ -14,7 +14,7 @@ from typing import cast
 from kvpoll_fsm.errors import TransportUnavailable
 from kvpoll_fsm.spi import Transport
 
-__all__ = ["GROUP", "HINTS", "available", "load"]
+__all__ = ["GROUP", "HINTS", "available", "find", "load"]
 
 GROUP = "kvpoll_fsm.transports"
 
@@ -22,8 +22,8 @@ HINTS: dict[str, str] = {
     "memory": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
     "tcp": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
     "shm": "it comes with kvpoll-fsm: install the package again, its entry points are missing",
-    "mooncake": "it comes with a later release of kvpoll-fsm and will need kvpoll-fsm[mooncake], "
-    "or kvpoll-fsm[mooncake-cuda] for device memory, never both",
+    "mooncake": "it comes with kvpoll-fsm: install the package again, its entry points are missing; it needs Mooncake: "
+    "pip install 'kvpoll-fsm[mooncake]', or 'kvpoll-fsm[mooncake-cuda]' where there is CUDA, never both",
     "nixl": "it comes with a later release of kvpoll-fsm; tcp works between hosts",
 }
 """What helps somebody who asks for one of these and does not have it."""
@@ -50,6 +50,18 @@ def available() -> dict[str, metadata.EntryPoint]:
     return found
 
 
+def find(name: str) -> metadata.EntryPoint:
+    """Where a transport is; nothing is imported.
+
+    Raises:
+        TransportUnavailable: No transport of that name is installed. Says how to get it, or which names are near.
+    """
+    installed = available()
+    if name not in installed:
+        raise TransportUnavailable(name, "is not installed", _hint(name, installed))
+    return installed[name]
+
+
 def load(name: str) -> type[Transport]:
     """Import a transport.
 
@@ -57,10 +69,7 @@ def load(name: str) -> type[Transport]:
         TransportUnavailable: No transport of that name is installed, it cannot be imported, or what its entry
             point names is no transport. Says how to get it, or which names are near.
     """
-    installed = available()
-    entry = installed.get(name)
-    if entry is None:
-        raise TransportUnavailable(name, "is not installed", _hint(name, installed))
+    entry = find(name)
     try:
         loaded = entry.load()
     except Exception as error:  # another party's module may raise anything

@@ -153,6 +153,20 @@ class Requests:
             str(choice.policy), canary, choice.share, tuple(sorted(carriers.live)), dict(carriers.left_out)
         )
 
+    def breakers(self) -> list[dict[str, str]]:
+        """The circuit breakers that are not closed: peer, transport, state and cause."""
+        core = self._driver.core
+        return [
+            {
+                "peer": connection.address or (connection.peer or b"").hex(),
+                "transport": name,
+                "state": "half-open" if breaker.half_open else "open",
+                "cause": breaker.cause,
+            }
+            for number, connection in core.connections.items()
+            for name, breaker in core.breakers.of(number).items()
+        ]
+
     def report(self) -> dict[str, Any]:
         """How rooms have fared by transport; `Endpoint.report` says more."""
         return self._driver.meter.report()
@@ -224,4 +238,5 @@ class Requests:
             "waited_s": round(time.monotonic() - view.gate_since_s, 3) if view else None,
             "limit_s": driver.config.deadlines.of(session.state, session.gate) if live else None,
             "bytes_done": session.bytes_done,
+            "breakers": driver.breakers(key),
         }

@@ -39,6 +39,11 @@ class Timers:
         self._current.pop(name, None)
         self._shrink()
 
+    def left_s(self, name: Hashable) -> float | None:
+        """Seconds until a timer is due, or None if it is not set."""
+        entry = self._current.get(name)
+        return None if entry is None else max(0.0, entry[0] - self._clock())
+
     def next_in_s(self) -> float | None:
         """Seconds until the next timer is due (0 if one is), or None without timers."""
         while self._heap and not self._live(self._heap[0]):

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.carriers import Carriers
+from kvpoll_fsm.carriers import Carriers, Loaded
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.errors import TransportUnavailable
 from kvpoll_fsm.layout import Field, Layout
@@ -69,7 +69,8 @@ class Bench:
         self.control = FakeControl()
         self.lost: list[tuple[str, str, int]] = []
         self.transports = {each.name: each for each in transports}
-        self.carriers = Carriers(cast("dict[str, Transport]", self.transports), cast("Control", self.control))
+        loaded = Loaded(cast("dict[str, Transport]", self.transports))
+        self.carriers = Carriers(loaded, cast("Control", self.control))
 
     def start(self) -> Any:
         offers = self.carriers.start(POOL, tuple(self.transports))

@@ -264,3 +264,14 @@ def test_unknown_variables_are_told_and_others_left_alone() -> None:
 def test_transports_settings_are_read_as_toml_where_they_are_toml(text: str, value: object) -> None:
     options = resolve({}, None, {"KVPOLL_TRANSPORT_OPTIONS_SHM_X": text}).config.transport_options
     assert options == {"shm": {"x": value}}
+
+
+@pytest.mark.both
+def test_what_was_read_is_not_read_again(isolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPOLL_WORKERS", "3")
+    end = Endpoint(pool=pool(4), transports="shm", isolation=isolation)
+    monkeypatch.setenv("KVPOLL_WORKERS", "many")
+    monkeypatch.setenv(FILE_VARIABLE, "/nowhere")
+    with end:
+        assert end.load().total == 4
+    assert end.config.workers == 3

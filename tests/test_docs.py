@@ -24,7 +24,7 @@ import pytest
 
 import kvpoll_fsm
 from kvpoll_fsm import Deadlines, FailureCode, KVPoll, Limits, errors, tables
-from kvpoll_fsm.settings import SETTINGS
+from kvpoll_fsm.settings import OPTIONS, SETTINGS, variable
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -123,7 +123,20 @@ def error_tree() -> str:
     return f"```text\n{tree[tree.index('KvpollError') :].split(chr(10) * 2)[0]}\n```"
 
 
+def settings() -> str:
+    rows = [
+        ("` `".join([*(f"[{name}]" for name in key[:-1]), key[-1]]), variable(key), s) for key, s in SETTINGS.items()
+    ]
+    lines = ["| in the file | variable | what it may be | default |", "| --- | --- | --- | --- |"]
+    for name, named, setting in rows:
+        default = "none" if setting.default in (None, ()) else f"`{json.dumps(setting.default)}`"
+        lines.append(f"| `{name}` | `{named}` | {setting.kind.wanted} | {default} |")
+    options = "`[transport_options.NAME]` `SETTING`", f"`{variable((OPTIONS, 'NAME', 'SETTING'))}`"
+    return "\n".join([*lines, f"| {' | '.join(options)} | what the transport says | the transport's |"])
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "settings": settings,
     "table": tables.markdown,
     "diagram": lambda: f"```mermaid\n{tables.mermaid()}\n```",
     "deadlines": tables.deadlines_markdown,

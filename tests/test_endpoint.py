@@ -181,8 +181,8 @@ def test_an_unknown_transport_is_an_error_with_a_hint() -> None:
         ("tpc", "transport 'tpc': is not installed; did you mean 'tcp'?"),
         ("require:memroy", "did you mean 'memory'"),
         ("nixl", "it comes with a later release"),
-        ("prefer:mooncake,nixl", "transport 'mooncake': is not installed"),
-        ("zzz", "installed: memory, shm, tcp"),
+        ("prefer:nixl,ucx", "transport 'nixl': is not installed"),
+        ("zzz", "installed: memory, mooncake, shm, tcp"),
     ]:
         with pytest.raises(TransportUnavailable) as caught:
             endpoint(policy).start()
@@ -190,7 +190,7 @@ def test_an_unknown_transport_is_an_error_with_a_hint() -> None:
 
 
 def test_preferred_transports_that_are_not_there_are_left_out() -> None:
-    with pair("prefer:mooncake,nixl,memory") as (tx, rx):
+    with pair("prefer:ucx,nixl,memory") as (tx, rx):
         assert list(tx.driver.transports) == ["memory"]
         transfer(tx, rx, 1)
 
@@ -230,11 +230,12 @@ def test_pain_21_no_common_transport_fails_the_room_and_says_so() -> None:
 
 
 def test_pain_21_where_rdma_is_absent_each_policy_says_or_shows_what_carries_the_data() -> None:
+    rdma = {"transport_options": {"mooncake": {"protocol": "rdma"}}}
     with pytest.raises(TransportUnavailable, match="mooncake"):
-        endpoint("require:mooncake").start()
+        endpoint("require:mooncake", **rdma).start()
     with pytest.raises(TransportUnavailable, match="mooncake"):
-        endpoint("mooncake").start()
-    with pair("prefer:mooncake,tcp") as (tx, rx):
+        endpoint("mooncake", **rdma).start()
+    with pair("prefer:mooncake,tcp", **rdma) as (tx, rx):
         assert list(tx.driver.transports) == ["tcp"]
         sender, receiver = open_pair(tx, rx, 1)
         sender.send(make_data(100))

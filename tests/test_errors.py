@@ -26,6 +26,7 @@ FIELDS: dict[type[KvpollError], dict[str, Any]] = {
     errors.RequestTooLarge: {"wanted_blocks": 65, "pool_blocks": 64},
     errors.AddressError: {"address": "tcp://0.0.0.0:1", "problem": "wildcard"},
     errors.PolicyError: {"policy": "fastest", "problem": "unknown mode"},
+    errors.ConfigError: {"source": "environment", "key": "KVPOLL_WORKERS", "value": "x", "problem": "give an integer"},
     errors.DuplicateRoom: {"side": "receiver", "room": 42, "rank": 1},
     errors.UnknownRoom: {"room": 42},
     errors.TransportUnavailable: {"name": "mooncake", "problem": "not installed", "hint": "pip install it"},

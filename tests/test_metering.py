@@ -71,8 +71,13 @@ class Bench:
         self.meter.commanded(key, Preflight(rank, 1, name))
         self.feed(key, Preflighted(rank, 1, name, ok))
 
-    def start(self, key: RoomKey, *names: str, part: int = 0, tokens: int = 10, attempt: int = 0) -> None:
-        targets = tuple(cast("Any", SimpleNamespace(rank=rank, transport=name)) for rank, name in enumerate(names))
+    def start(
+        self, key: RoomKey, *names: str, part: int = 0, tokens: int = 10, attempt: int = 0, shut: str = ""
+    ) -> None:
+        targets = tuple(
+            cast("Any", SimpleNamespace(rank=rank, transport=name, shut=name if name == shut else ""))
+            for rank, name in enumerate(names)
+        )
         self.meter.commanded(key, StartPart(part, 0, tokens, (), targets, attempt))
 
     def written(self, key: RoomKey, name: str, ok: bool = True, rank: int = 0, **more: Any) -> None:
@@ -167,6 +172,28 @@ def test_anothers_trouble_does_not_count_against_it() -> None:
     bench.written(key, "shm")
     bench.end(key)
     assert counts(bench.row("shm")) == (1, 1, {}, 1, 1)
+
+
+def test_a_transport_that_a_breaker_keeps_rooms_from_was_not_tried() -> None:
+    bench = Bench()
+    key = bench.sender()
+    bench.feed(key, Preflighted(0, 1, "memory", False, shut=True))
+    bench.start(key, "shm", shut="shm")
+    bench.written(key, "shm", ok=False, shut=True)
+    bench.start(key, "tcp", attempt=1)
+    bench.written(key, "tcp")
+    bench.end(key)
+    assert bench.meter.report()["sent"].keys() == {"tcp"}
+    assert counts(bench.row("tcp")) == (1, 1, {}, 1, 0)
+
+
+def test_our_own_fault_is_not_the_transports() -> None:
+    bench = Bench()
+    key = bench.sender()
+    bench.start(key, "shm")
+    bench.written(key, "shm", ok=False, ours=True)
+    bench.end(key, FailureCode.InternalError)
+    assert counts(bench.row("shm")) == (1, 0, {"InternalError": 1}, 0, 0)
 
 
 def test_a_room_that_fails_counts_its_cause_where_it_was_last() -> None:

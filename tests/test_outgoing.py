@@ -10,7 +10,7 @@ import pytest
 
 import kvpoll_fsm.outgoing
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.commands import StartPart, Target
+from kvpoll_fsm.commands import CancelWrites, StartPart, Target
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.inputs import Input, PartWritten, Progress, RankQuiesced
@@ -275,6 +275,48 @@ def test_quiescence_is_told_of_its_attempt(bench: Bench) -> None:
     bench.end(0, reason="reset", quiescent=False)
     bench.out.completed("fake", Quiesced(0))
     assert bench.fed[-1] == (ONE, RankQuiesced(0, 0, 2))
+
+
+@pytest.mark.parametrize("meant", [True, False])
+def test_one_attempt_that_takes_too_long_is_cancelled(bench: Bench, meant: bool) -> None:
+    bench.transport.capabilities = Capabilities(scatter_entries=1, max_outstanding=1)
+    bench.start(attempt=1)
+    bench.out.hurry(ONE, CancelWrites(0, 0, 1 if meant else 0, "no bytes landed for 4 s"))
+    assert bench.transport.links[0].cancelled == ([0] if meant else [])
+    bench.out.hurry(ONE, CancelWrites(1, 0, 1, "of a rank that is not there"))
+    if meant:
+        bench.end(0, reason="cancelled", quiescent=True)
+        assert [(w.ok, w.detail, w.collateral) for w in bench.written()] == [(False, "no bytes landed for 4 s", False)]
+
+
+def test_what_a_breaker_keeps_out_is_staged_and_not_written(bench: Bench) -> None:
+    bench.out.sources[ONE] = Source.of(LAYOUT, data(12))
+    grant = BlockGrant(0, 12, (0, 2, 4), (("fake", b"token"),))
+    bench.out.start(ONE, StartPart(0, 0, 12, (0, 1, 2), (Target(0, CONN, "fake", grant, shut="failed lately"),), 0))
+    [written] = bench.written()
+    assert (written.ok, written.shut, written.quiescent, written.detail) == (False, True, True, "failed lately")
+    assert bench.transport.submitted == []
+    bench.start(attempt=1)
+    bench.end(0)
+    assert bench.written()[1].ok
+    assert bench.pool.view("ids")[0].tolist() == data(12)["ids"][:4].tolist()
+
+
+def test_what_fails_here_is_not_put_down_to_the_transport(bench: Bench) -> None:
+    bench.start(blocks=(0,))
+    bench.out.sources[TWO] = Source.of(LAYOUT, data(3))
+    bench.start(TWO)
+    assert [w.ours for key in (ONE, TWO) for w in bench.written(key)] == [True, True]
+
+
+def test_each_transport_has_its_own_mind_about_checksums(bench: Bench) -> None:
+    """The first wants none and fails; the next wants one."""
+    bench.start()
+    bench.end(0, reason="reset", quiescent=True)
+    bench.out._hashes = lambda transport: True
+    bench.start(attempt=1)
+    bench.end(1)
+    assert [w.checksum for w in bench.written()] == [None, checksum(bench.pool, (0, 1, 2), 12, first=True)]
 
 
 def test_no_further_batch_after_one_failed(bench: Bench) -> None:

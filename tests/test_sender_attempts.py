@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm import inputs
-from kvpoll_fsm.commands import Command, Preflight, Release, StartPart
+from kvpoll_fsm.commands import CancelWrites, Command, Grant, Preflight, Release, SetTimer, StartPart
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.messages import FencePart, PartFenced, PartReport, Quiesced, Resume
@@ -106,7 +106,7 @@ def test_a_peer_that_is_gone_is_not_waited_for() -> None:
     tx = writing("a", "b")
     tx.written(**LOOSE, transport="a")
     tx.feed(inputs.PeerGone(10, "silent"))
-    assert tx.session.state is KVPoll.Failed
+    assert state(tx) is KVPoll.Failed
     assert tx.session.quiescent
     assert fenced(tx, "a") == []
 
@@ -163,3 +163,148 @@ def test_an_end_during_the_wait_is_no_attempt() -> None:
     tx.feed(inputs.AbortRoom("enough"))
     assert kinds(tx.ack(failure=bad())) == []
     assert kinds(tx.preflight(transport="b")) == []
+
+
+# A transport that hangs
+
+
+def state(tx: Tx) -> KVPoll:
+    return tx.session.state
+
+
+def fire(tx: Tx) -> list[Command]:
+    """The gate's time is over."""
+    return tx.feed(inputs.TimerFired("gate", tx.session._armed["gate"]))
+
+
+def armed(commands: list[Command]) -> list[float]:
+    return [command.after_s for command in commands if isinstance(command, SetTimer) and command.name == "gate"]
+
+
+def test_an_attempt_without_progress_is_given_up_while_another_transport_is_left() -> None:
+    tx = writing("a", "b")
+    assert tx.session._gate_mark[-1] == 1.5  # half of stall_s, which is below fallback_s
+    hurried = fire(tx)
+    assert first(hurried, CancelWrites) == CancelWrites(0, 0, 0, "no bytes landed for 1.5 s")
+    assert armed(hurried)[-1] == 3  # the cancel has all the time there is
+    assert state(tx) is KVPoll.WaitingForInput
+    assert first(tx.written(ok=False, transport="a", detail="cancelled"), Preflight).transport == "b"
+    start = tx.preflight(transport="b")
+    assert again(start)[3:5] == (1, "b")
+    assert armed(start)[-1] == 3  # nothing is left after this one
+    assert fire(tx)
+    assert state(tx) is KVPoll.Failed
+    assert tx.session.failure is not None
+    assert tx.session.failure.code is FailureCode.DeadlinePassed
+
+
+def test_what_lands_all_the_same_counts() -> None:
+    tx = writing("a", "b")
+    fire(tx)
+    assert sent(tx.written(transport="a"), PartReport)[0].transport == "a"
+
+
+def test_an_attempt_that_does_not_end_although_it_was_asked_to_ends_the_room() -> None:
+    tx = writing("a", "b")
+    fire(tx)
+    fire(tx)
+    assert state(tx) is KVPoll.Failed
+
+
+def test_progress_puts_it_off() -> None:
+    tx = writing("a", "b")
+    epoch = tx.session._armed["gate"]
+    assert armed(tx.feed(inputs.Progress(0, 100))) == [1.5]
+    assert tx.feed(inputs.TimerFired("gate", epoch)) == []
+
+
+def test_ranks_without_another_transport_are_let_alone() -> None:
+    tx = Tx(ranks=2, transports=("a", "b"))
+    for rank, transports in enumerate((("a", "b"), ("a",))):
+        tx.reserve(rank, granted=grant(transports=transports))
+        tx.preflight(rank, "a")
+    tx.supply(20)
+    tx.feed(inputs.Granted(0, (0, 1), 8))
+    assert [command.rank for command in fire(tx) if isinstance(command, CancelWrites)] == [0]
+
+
+def test_the_receivers_are_told_that_something_else_is_tried() -> None:
+    tx = writing("a", "b")
+    told = [next(tx.session.beats(10, host_alive=True, working=False)).tries]
+    fire(tx)
+    told.append(next(tx.session.beats(10, host_alive=True, working=False)).tries)
+    assert tx.session.news
+    tx.written(ok=False, transport="a")
+    tx.preflight(transport="b")
+    told.append(next(tx.session.beats(10, host_alive=True, working=False)).tries)
+    assert told == [0, 1, 2]
+
+
+def test_a_probe_has_less_time() -> None:
+    tx = writing("a", "b")
+    assert tx.feed(inputs.Probing(0, 0, 7)) == []
+    assert armed(tx.feed(inputs.Probing(0, 0, 0))) == [1]
+    assert first(fire(tx), CancelWrites).why == "no bytes landed for 1 s"
+    alone = writing("a")
+    assert alone.feed(inputs.Probing(0, 0, 0)) == []  # with nothing else left it is no experiment
+
+
+# Breakers
+
+
+def test_a_transport_whose_breaker_is_open_is_the_last_resort() -> None:
+    tx = Tx(transports=("a", "b"))
+    tx.reserve(granted=grant(transports=("a", "b")))
+    shut = inputs.Preflighted(0, 10, "a", ok=False, detail="failed lately", shut=True)
+    assert first(tx.feed(shut), Preflight) == Preflight(0, 10, "b")
+    last = first(tx.preflight(transport="b", ok=False), Preflight)
+    assert last == Preflight(0, 10, "a", insist=True)
+    tx.preflight(transport="a")
+    assert state(tx) is KVPoll.WaitingForInput
+    tx.supply(20)
+    (target,) = first(tx.feed(inputs.Granted(0, (0, 1), 8)), StartPart).targets
+    assert (target.transport, target.insist) == ("a", True)
+
+
+def test_the_only_transport_is_insisted_on() -> None:
+    tx = Tx(transports=("a",))
+    tx.reserve(granted=grant(transports=("a",)))
+    shut = inputs.Preflighted(0, 10, "a", ok=False, detail="failed lately", shut=True)
+    assert first(tx.feed(shut), Preflight) == Preflight(0, 10, "a", insist=True)
+    assert state(tx) is KVPoll.Bootstrapping
+
+
+def test_a_breaker_that_opened_meanwhile_is_met_at_the_start() -> None:
+    tx = writing("a", "b")
+    shut = tx.written(ok=False, shut=True, transport="a", detail="failed lately")
+    assert first(shut, Preflight) == Preflight(0, 10, "b")
+    assert again(tx.preflight(transport="b"))[3:5] == (1, "b")
+    last = tx.written(ok=False, transport="b", attempt=1, detail="reset")
+    assert first(last, Preflight) == Preflight(0, 10, "a", insist=True)
+    tx.preflight(transport="a")
+    end = tx.written(ok=False, transport="a", attempt=2, detail="reset", shut=True)  # cannot be; must end all the same
+    assert sent(end, PartReport)[0].failure.code is FailureCode.TransportFailed
+
+
+def test_a_last_resort_is_nothing_to_fall_back_on() -> None:
+    """A room whose transport stands still for a moment is not moved to one that is known to fail."""
+    tx = writing("a", "b")
+    tx.written(ok=False, shut=True, transport="a")
+    assert armed(tx.preflight(transport="b"))[-1] == 3
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_the_next_part_may_go_back_to_a_better_transport(stale: bool) -> None:
+    tx = writing("a", "b")
+    tx.written(ok=False, transport="a")
+    tx.preflight(transport="b")
+    tx.written(transport="b", attempt=1)
+    assert tx.feed(inputs.Reconsider(10 if stale else 11)) == []
+    tx.ack()
+    resumed = tx.say(Resume, sent_tokens=8, grant=grant(1, transports=("a", "b")))
+    if not stale:
+        assert first(resumed, Grant) == Grant(1, 2)
+        return
+    assert first(resumed, Preflight) == Preflight(0, 10, "a")
+    assert first(tx.preflight(transport="a"), Grant) == Grant(1, 2)
+    assert tx.session.slots[0].passed_over == ()

@@ -47,7 +47,7 @@ def ask(path: Path, request: Request, within_s: float = ANSWER_S) -> dict[str, A
         answer = msgspec.json.decode(_talk(path, msgspec.json.encode(request) + b"\n", within_s), type=Answer)
     except OSError as error:
         raise NoAnswer(path, error.strerror or str(error)) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise NoAnswer(path, "what listens there is no endpoint of ours") from error
     if not answer.ok:
         raise Refused(answer.error, answer.detail)

@@ -69,6 +69,7 @@ class ControlSocket:
         self._listener: socket.socket | None = None
         self._inode = (0, 0)
         self._callers: dict[int, _Caller] = {}
+        self._spare: int | None = None
 
     def open(self, watcher: Watcher) -> None:
         """Listen, and have a turn whenever somebody calls.
@@ -85,6 +86,7 @@ class ControlSocket:
             self._listener = self._listen(self._path)
         except OSError as error:
             raise InvalidInput(f"control_socket={str(self._path)!r}: {error}") from error
+        self._spare = _spare()
         watcher.watch(self._listener.fileno())
 
     def _listen(self, path: Path) -> socket.socket:
@@ -128,6 +130,8 @@ class ControlSocket:
         if listener is None or self._path is None:
             return
         listener.close()
+        if self._spare is not None:
+            os.close(self._spare)
         with contextlib.suppress(OSError):
             found = self._path.lstat()
             if (found.st_dev, found.st_ino) == self._inode:
@@ -146,8 +150,9 @@ class ControlSocket:
             connection, _ = listener.accept()
         except (BlockingIOError, ConnectionError):
             return False
-        except OSError as error:  # no descriptor is left; others need them more
+        except OSError as error:  # no descriptor is left
             log.warning("control socket: %s", error)
+            self._turn_away(listener)
             return False
         connection.setblocking(False)
         uid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
@@ -161,6 +166,17 @@ class ControlSocket:
         self._watcher.watch(connection.fileno())
         self._serve(caller)
         return True
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        """End a call there is no descriptor for, by means of one that is kept for that: it would wake us for ever."""
+        if self._spare is not None:
+            os.close(self._spare)
+            with contextlib.suppress(OSError):
+                listener.accept()[0].close()
+            self._spare = _spare()
+        if self._spare is None:
+            log.error("control socket: no descriptor is left, nobody is heard any more")
+            self._watcher.unwatch(listener.fileno())
 
     def _serve(self, caller: _Caller) -> None:
         try:
@@ -193,6 +209,14 @@ class ControlSocket:
         del self._callers[fd]
         self._watcher.unwatch(fd)
         caller.socket.close()
+
+
+def _spare() -> int | None:
+    """A descriptor to give up when there is no other."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _take_name(unborn: str, path: Path) -> None:

@@ -32,7 +32,7 @@ class Service:
         """The answer to a line."""
         try:
             answer = Answer(ok=True, result=self._do(read_request(line)))
-        except (KvpollError, msgspec.MsgspecError) as error:
+        except (KvpollError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             answer = Answer(ok=False, error=type(error).__name__, detail=str(error))
         except Exception as error:  # a caller's request must end nobody's rooms
             log.exception("request failed")
@@ -45,7 +45,12 @@ class Service:
             requests.switch(Policy.parse(request.policy), read_share(request.canary))
         if isinstance(request, Report):
             return {**self._who(), **requests.report()}
-        return {**self._who(), **asdict(requests.transports()), "load": asdict(requests.load())}
+        return {
+            **self._who(),
+            **asdict(requests.transports()),
+            "load": asdict(requests.load()),
+            "breakers": requests.breakers(),
+        }
 
     def _who(self) -> dict[str, Any]:
         return {"endpoint": self._requests.address, "pid": os.getpid(), "parent_pid": os.getppid()}

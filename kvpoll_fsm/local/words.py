@@ -57,5 +57,6 @@ def read_request(line: bytes) -> Request:
 
     Raises:
         msgspec.MsgspecError: The line is none.
+        UnicodeDecodeError: Likewise.
     """
     return _requests.decode(line)

@@ -106,7 +106,6 @@ FULL: tuple[Scene, ...] = (
     Scene("fenced, and a crash", parts=2, transports=AB, reads=False, faults=Budget(late=1, crash=1)),
     Scene("fenced, and lost", transports=AB, reads=False, faults=Budget(late=1, part=1)),
     Scene("fenced, and a deadline", transports=AB, reads=False, faults=Budget(late=1, deadline=1)),
-    Scene("fenced, and used again", transports=AB, reads=False, faults=Budget(late=1, reopen=1)),
     Scene("fenced, a second grant", parts=3, pool=2, windows=(2,), transports=AB, reads=False, faults=LATE),
     Scene("fenced, two ranks", ranks=2, parts=2, transports=AB, reads=False, faults=LATE, opened=True),
     Scene("a hang, two ranks", ranks=2, transports=AB, faults=Budget(hang=1), opened=True),

@@ -1,4 +1,4 @@
-"""The explorer can fail: sixteen bugs of this field, put into the production code one at a time, are all found."""
+"""The explorer can fail: twenty-one bugs of this field, put into the production code one at a time, are all found."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvpoll_fsm import inputs, messages
+from kvpoll_fsm.breaker import Breakers
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.commands import Release
 from kvpoll_fsm.core import EndpointCore
@@ -218,6 +220,47 @@ def a_third_grant(patch: Patch) -> None:
     on_message(patch, ReceiverSession, messages.PartReport, reported)
 
 
+def any_part_fenced_believed(patch: Patch) -> None:
+    """The answer for one attempt is taken for that for another, which went through another transport."""
+    right = SenderSession._message_handlers[messages.PartFenced]
+
+    def fenced(self: SenderSession, conn: int, message: messages.PartFenced) -> None:
+        slot = self.slots[message.rank]
+        transport = slot.fencing or message.transport
+        right(self, conn, msgspec.structs.replace(message, transport=transport, attempt=slot.attempt))
+
+    on_message(patch, SenderSession, messages.PartFenced, fenced)
+
+
+def fenced_before_the_fence_holds(patch: Patch) -> None:
+    right = ReceiverSession._message_handlers[messages.FencePart]
+
+    def fence(self: ReceiverSession, conn: int, message: messages.FencePart) -> None:
+        right(self, conn, message)
+        if self._fencing:
+            self._fenced_alone(inputs.Fenced(message.part, message.transport, b"early"))
+
+    on_message(patch, ReceiverSession, messages.FencePart, fence)
+
+
+def quiescence_of_any_attempt_believed(patch: Patch) -> None:
+    right = SenderSession._handlers[inputs.RankQuiesced]
+
+    def quiesced(self: SenderSession, event: inputs.RankQuiesced) -> None:
+        slot = self.slots.get(event.rank)
+        right(self, inputs.RankQuiesced(event.rank, event.part, slot.attempt if slot else 0))
+
+    patch.setitem(SenderSession._handlers, inputs.RankQuiesced, quiesced)
+
+
+def breaker_stays_open(patch: Patch) -> None:
+    patch.setattr(Breakers, "timer", lambda self, name, epoch: None)
+
+
+def half_open_for_all(patch: Patch) -> None:
+    patch.setattr(Breakers, "_admitted", lambda self, key, command, target: target)
+
+
 CROSSED = Scene("each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2, ordered=True)
 
 MUTANTS = (
@@ -281,6 +324,36 @@ MUTANTS = (
         a_third_grant,
         Scene("m", parts=3, pool=3, windows=(2,)),
         "its window is 2",
+    ),
+    Mutant(
+        "PartFenced of another attempt and transport believed",
+        any_part_fenced_believed,
+        Scene("m", transports=("a", "b", "c"), reads=False, faults=Budget(late=2)),
+        "are both on their way to rank 0",
+    ),
+    Mutant(
+        "fenced before the fence holds",
+        fenced_before_the_fence_holds,
+        Scene("m", transports=("a", "b"), reads=False, faults=Budget(late=1)),
+        "are both on their way to rank 0",
+    ),
+    Mutant(
+        "quiescence of any attempt believed",
+        quiescence_of_any_attempt_believed,
+        Scene("m", transports=("a", "b", "c"), reads=False, faults=Budget(late=2)),
+        "are both on their way to rank 0",
+    ),
+    Mutant(
+        "breaker never half-opens",
+        breaker_stays_open,
+        Scene("m", transports=("a", "b"), faults=Budget(fail=1)),
+        "is open for ever",
+    ),
+    Mutant(
+        "half-open for everybody",
+        half_open_for_all,
+        Scene("m", rooms=(1, 2), pool=2, source_pool=2, transports=("a", "b"), faults=Budget(fail=1), ordered=True),
+        "whose breaker is not closed",
     ),
 )
 

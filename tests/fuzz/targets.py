@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz import decoders, sending, settings, shm, stage, stream
+from tests.fuzz import decoders, local, sending, settings, shm, stage, stream
 from tests.fuzz.choices import Choices
 from tests.fuzz.mutate import mutate_file, mutate_packet, other_bytes
 
@@ -53,6 +53,9 @@ TARGETS = {
         Target(decoders.key_name),
         Target(decoders.counterexample, mutate_file, 1024),
         Target(decoders.demo_lines),
+        Target(local.control_line),
+        Target(local.config_file),
+        Target(local.variables),
         Target(settings.address, most_nbytes=160),
         Target(settings.policy, most_nbytes=160),
         Target(settings.advertised, most_nbytes=160),

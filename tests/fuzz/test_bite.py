@@ -15,12 +15,13 @@ import msgspec
 import pytest
 
 from kvpoll_common.grants import Grant, Grants
-from kvpoll_fsm import cli_tools, inputs, messages
+from kvpoll_fsm import cli_tools, configuration, inputs, messages
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.channel import Channel
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.layout import Field
+from kvpoll_fsm.local import service
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.sender_session import SenderSession
@@ -122,6 +123,9 @@ BREAKS: dict[str, Break] = {
     "lines are counted from 0": ("trace_files", cli_tools, "_read", read_from_line_0),
     "hosts are not looked at": ("address", Address, "parse", address_unchecked),
     "policies are not looked at": ("policy", Policy, "parse", policy_unchecked),
+    "any share is believed": ("control_line", service, "read_share", lambda share: share),
+    "nobody is to blame": ("config_file", configuration, "_blame", lambda given, error: None),
+    "a mistake in a variable is nobody's": ("variables", configuration, "_blame", lambda given, error: None),
     "a range is one byte longer": ("reader", Grant, "admits", admits_one_byte_more),
     "what lies between two ranges is granted": ("reader", Grant, "admits", admits_what_lies_between),
     "the last to leave reports no fence": ("reader", Grants, "leave", leaves_without_a_word),

@@ -52,7 +52,7 @@ def test_a_refusal_has_its_reason(path: Path) -> None:
     assert caught.value.error == "PolicyError"
 
 
-@pytest.mark.parametrize("said", [b"", b"{}\n", b"hello\n", b"\xff\n", b'{"ok":true'])
+@pytest.mark.parametrize("said", [b"", b"{}\n", b"hello\n", b"\xff\n", b'{"ok":true,"error":"\xf2("}\n', b'{"ok":true'])
 def test_what_is_no_answer(path: Path, said: bytes) -> None:
     with answering(path, said), pytest.raises(NoAnswer, match="no endpoint of ours"):
         ask(path, Status())

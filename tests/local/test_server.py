@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 import stat
@@ -225,3 +226,38 @@ def test_without_a_path_nothing_listens() -> None:
     nowhere.take_turn({0})
     nowhere.after_fork()
     nowhere.close()
+
+
+def test_without_descriptors_a_caller_is_turned_away(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    with loop.caller(b"hello\n") as caller:
+        with _no_descriptors():
+            assert loop.turns() == 1, "it does not wake us for ever"
+        with contextlib.suppress(ConnectionResetError):
+            assert caller.recv(100) == b""
+    with loop.caller(b"hello\n") as caller:
+        loop.turns()
+        assert caller.recv(100) == b"answer\n"
+    assert "Too many open files" in caplog.text
+
+
+def test_not_even_one_to_turn_callers_away_with(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    spare, loop.socket._spare = loop.socket._spare, None
+    assert spare is not None
+    os.close(spare)
+    with loop.caller(b"hello\n"), _no_descriptors():
+        assert loop.turns() == 1
+    assert loop.watched == set()
+    assert "nobody is heard any more" in caplog.text
+
+
+@contextlib.contextmanager
+def _no_descriptors() -> Iterator[None]:
+    """All that this process may have are in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

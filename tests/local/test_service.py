@@ -72,6 +72,7 @@ def test_switch_report_and_status(isolation: str, tmp_path: Path) -> None:
         (b"{}", "ValidationError"),
         (b"", "DecodeError"),
         (b"\xff\x00", "DecodeError"),
+        (b'{"do":"\xf2("}', "UnicodeDecodeError"),
         (b"[" * 4000, "ValidationError"),
     ],
 )
@@ -170,3 +171,20 @@ def test_open_rooms_are_counted(end: Endpoint) -> None:
         receiver.clear()
         until(lambda: ask(socket_of(end), Report())["live"] == 0)
         assert ask(socket_of(end), Report())["sent"]["none"]["failures"] == {"Aborted": 1}
+
+
+@pytest.mark.parametrize("breaker", ["open", "half-open"])
+def test_breakers_that_are_not_closed_are_shown(tmp_path: Path, breaker: str) -> None:
+    with pair("shm", isolation="thread", rx={"control_socket": tmp_path / "socket"}) as (tx, rx):
+        transfer(tx, rx, 1)
+        assert ask(socket_of(rx), Status())["breakers"] == []
+        core = rx.driver.core
+
+        def fail() -> None:
+            (conn,) = core.connections
+            core.breakers._open((conn, "shm"), "it hung")
+            core.breakers.of(conn)["shm"].half_open = breaker == "half-open"
+
+        on_driver(rx, fail)
+        (shown,) = ask(socket_of(rx), Status())["breakers"]
+    assert shown == {"peer": str(tx.address), "transport": "shm", "state": breaker, "cause": "it hung"}

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import msgspec
+import pytest
 
 from kvpoll_fsm.spi import Failed, Link, LinkDown, Transport
 from kvpoll_fsm.testing.conformance.sides import SIZES, Pair, Side, until
 from kvpoll_mooncake import handshake, wire
 from kvpoll_mooncake.framing import pack
 from kvpoll_mooncake.wire import Base, Engine, Hello, Proof
+
+
+def _missing() -> str:
+    """What Mooncake lacks here, or nothing."""
+    if not [each for each in metadata.distributions() if (each.name or "").startswith("mooncake-transfer-engine")]:
+        return "Mooncake's wheel is not installed; there is one for x86-64 Linux and Python 3.10 to 3.13"
+    for library in ("libibverbs.so.1", "librdmacm.so.1", "libnuma.so.1", "libcurl.so.4"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            return f"{library} is missing: apt-get install libibverbs1 librdmacm1 libnuma1 libcurl4"
+    return ""
+
+
+needs_mooncake = pytest.mark.skipif(bool(_missing()), reason=_missing() or "it is all there")
 
 
 def changed(transport: Transport, **changes: Any) -> bytes:
@@ -195,3 +213,32 @@ def failed(pair: Pair, ticket: int) -> Failed:
     end = pair.failed(ticket)
     pair.until(lambda: end.quiescent or ticket in pair.tx.quiesced, "the ticket to come to rest")
     return end
+
+
+# Servers
+
+
+def listening_ports(pid: int) -> set[int]:
+    """Where a process listens."""
+    sockets = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/{pid}/net/{table}") as file:
+            rows = [line.split() for line in file.readlines()[1:]]
+        ports |= {
+            int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets
+        }
+    return ports
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True

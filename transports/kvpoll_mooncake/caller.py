@@ -70,12 +70,20 @@ class Caller:
         self._heard_at = 0.0
         self._pinged = False
 
-    def open(self) -> None:
-        """Reach the peer's adapter.
+    def open(self) -> bool:
+        """Reach the peer's adapter; False if there is no way to it, which its owner has been told."""
+        try:
+            sock = self._connect()
+        except OSError as error:
+            self._hearer.hung_up(f"cannot be reached: {error.strerror or error}")
+            return False
+        self._stream = Stream(self._reactor, sock, self, wire.FRAME_NBYTES)
+        self._hellos = [hello(self._peer.incarnation, self._writer)]
+        self._stream.send(wire.encode(self._hellos[0]))
+        self._reactor.later(self._settings.connect_s, self._time_is_up)
+        return True
 
-        Raises:
-            OSError: There is no way to it, or no socket to be had.
-        """
+    def _connect(self) -> socket.socket:
         flags = socket.AI_NUMERICHOST
         found = socket.getaddrinfo(self._peer.host, self._peer.port, type=socket.SOCK_STREAM, flags=flags)
         family, kind, _, _, address = found[0]
@@ -88,10 +96,7 @@ class Caller:
         except OSError:
             sock.close()
             raise
-        self._stream = Stream(self._reactor, sock, self, wire.FRAME_NBYTES)
-        self._hellos = [hello(self._peer.incarnation, self._writer)]
-        self._stream.send(wire.encode(self._hellos[0]))
-        self._reactor.later(self._settings.connect_s, self._time_is_up)
+        return sock
 
     def tell(self, message: Message) -> None:
         """Say something."""

@@ -17,8 +17,8 @@ from kvpoll_mooncake.caller import Caller
 from kvpoll_mooncake.frames import Event
 from kvpoll_mooncake.handshake import Descriptor
 from kvpoll_mooncake.roles import Running
-from kvpoll_mooncake.tickets import Job, Stage, Tickets
-from kvpoll_mooncake.trouble import Ours, Sources, Trouble
+from kvpoll_mooncake.tickets import Job, Stage, Tickets, entries_for
+from kvpoll_mooncake.trouble import Ending, Ours, Sources, Trouble
 from kvpoll_mooncake.wire import Doubt, Engine, Gone, Message, Over
 
 __all__ = ["Lane"]
@@ -33,13 +33,9 @@ class Lane:
     """One link. Used by the reactor's thread alone.
 
     It is up once the peer's adapter and both engines have answered.
-
-    Attributes:
-        is_over: Closed, nothing of ours is running, and the peer is not waited for.
     """
 
     def __init__(self, number: int, peer: Descriptor, sources: Sources, reactor: Reactor) -> None:
-        self.is_over = False
         self._number = number
         self._peer = peer
         self._sources = sources
@@ -51,26 +47,28 @@ class Lane:
         self._trouble: Trouble | None = None
         self._ghosts: set[Running] = set()
         self._told_up = False
-        self._closed = self._buried = False
+        self._end = Ending()
+
+    @property
+    def is_over(self) -> bool:
+        """Closed, nothing of ours is running, and the peer is not waited for."""
+        return self._end.over
 
     # What the driver asks
 
     def open(self) -> None:
         """Reach the peer's adapter and start an engine; `LinkUp` or `LinkDown` follows."""
-        if self._closed or self._engine.running is not None or self._trouble is not None:
+        if self._end.closed or self._engine.running is not None or self._trouble is not None:
             return
         if self._caller is None:
             self._caller = Caller(self._reactor, self._peer, self._sources.writer, self._sources.maker.settings, self)
-            try:
-                self._caller.open()
-            except OSError as error:
-                self._caller = None
-                return self._fall(f"cannot be reached: {error.strerror or error}")
+            if not self._caller.open():
+                return
         self._start_engine()
 
     def submit(self, job: Job) -> None:
         """Take a ticket."""
-        if self._closed:
+        if self._end.closed:
             return self._sources.outbox.put(Failed(job.ticket, "the link is closed", quiescent=True))
         self._tickets.add(job)
         if self._is_up:
@@ -88,28 +86,30 @@ class Lane:
 
     def close(self) -> None:
         """End the link; tickets end once our engine has. May be called twice."""
-        if self._closed:
+        if self._end.closed:
             return
-        self._closed = True
+        self._end.closed = True
         self._fall("the link was closed", quiet=True)
         self._reactor.later(_MOURNING_S, self.bury)
 
     def bury(self) -> None:
         """Wait for the peer no longer. May be called twice."""
-        self._closed = self._buried = True
+        self._end.closed = self._end.buried = True
         self._settle()
 
     # The connection to the peer's adapter
 
     def proved(self) -> None:
-        """Both adapters have proved themselves."""
+        """Both adapters have proved themselves; the peer's is to name its engine."""
         if self._caller is not None:
-            self._caller.asked()  # for its engine
+            self._caller.asked()
 
     def is_waiting(self) -> bool:
         """Something has been asked and not been answered."""
         return (
-            self._tickets.any(Stage.asked) or self._trouble is not None or (self._theirs is None and not self._closed)
+            self._tickets.any(Stage.asked)
+            or self._trouble is not None
+            or (self._theirs is None and not self._end.closed)
         )
 
     def told(self, message: Message) -> None:
@@ -166,7 +166,7 @@ class Lane:
         if trouble is None or trouble.doubted is not None:
             reason = "the receiver's engine ended" if gone.crashed else "the receiver had to stop a write"
             self._trouble = trouble = Trouble(
-                reason, lambda job: not gone.crashed and job.ticket not in gone.fenced, restart=not self._closed
+                reason, lambda job: not gone.crashed and job.ticket not in gone.fenced, restart=not self._end.closed
             )
         trouble.quiescent = True
         self._end_engine()
@@ -267,7 +267,7 @@ class Lane:
         """A transfer failed. Nothing more is read or sent; why it failed, the peer may know."""
         if self._trouble is not None:
             return
-        self._trouble = Trouble(event.problem, lambda job: job.ticket != event.ticket, restart=not self._closed)
+        self._trouble = Trouble(event.problem, lambda job: job.ticket != event.ticket, restart=not self._end.closed)
         if self._theirs is not None and self._caller is not None:
             self._trouble.doubted = self._theirs.number
             self._tell(Doubt(self._theirs.number))
@@ -298,7 +298,7 @@ class Lane:
 
     @property
     def _is_up(self) -> bool:
-        return self._engine.up and self._trouble is None and not self._closed
+        return self._engine.up and self._trouble is None and not self._end.closed
 
     def _ask(self, job: Job) -> None:
         job.stage = Stage.asked
@@ -311,13 +311,10 @@ class Lane:
         """Have it written, if what the receiver's engine has is what we were told."""
         if not self._is_up or self._theirs is None:
             return
-        bases = {base.region: base for base in self._theirs.bases}
-        entries = []
-        for write in job.writes:
-            base = bases.get(write.region)
-            if base is None or write.dst_offset + write.nbytes > base.nbytes:
-                return self._drop(job, f"{write}: outside the receiver's region")
-            entries.append((write.region, write.nbytes, write.src_offset, base.address + write.dst_offset))
+        try:
+            entries = entries_for(job.writes, self._theirs)
+        except ValueError as error:
+            return self._drop(job, str(error))
         job.stage = Stage.running
         job.moved_at = time.monotonic()
         self._tell_engine(frames.Order(job.ticket, self._theirs.segment, frames.pack_entries(entries)))
@@ -360,24 +357,23 @@ class Lane:
             if trouble.restart and (trouble.quiescent or any(self._tickets)):
                 return self.open()  # otherwise the next ticket does
         idle = self._engine.running is None and not self._ghosts
-        if self._closed and idle and (self._buried or not self._tickets.in_doubt):
-            self.is_over = True
+        if self._end.closed and idle and (self._end.buried or not self._tickets.in_doubt):
+            self._end.over = True
             if self._caller is not None:
                 self._caller.close()
                 self._caller = None
 
     def _report(self, trouble: Trouble) -> None:
-        reason = f"{self._peer}: {trouble.reason}"
-        full = f"{reason} [{trouble.details}]" if trouble.details else reason
+        reason = trouble.words(self._peer)
         if not trouble.restart:
             self._told_up = False
             if not trouble.quiet:
-                self._sources.outbox.put(LinkDown(self._number, full))
+                self._sources.outbox.put(LinkDown(self._number, reason))
         for job in self._tickets:
             if job.stage is Stage.running:
-                self._give_up(job, full, trouble)
+                self._give_up(job, reason, trouble)
             elif not trouble.restart:
-                self._drop(job, full)
+                self._drop(job, reason)
             elif job.stage is Stage.granted and trouble.quiescent:
                 job.stage = Stage.waiting  # it was granted for an engine that is gone
 

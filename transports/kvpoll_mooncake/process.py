@@ -118,6 +118,17 @@ class Process:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
+    @property
+    def is_alive(self) -> bool:
+        """It has been started, and not been seen to end."""
+        return self._process is None or self._process.returncode is None
+
+    def end(self) -> None:
+        """Kill it and wait for its end; nobody is told."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
     # What the reactor calls
 
     def received(self, frame: bytes) -> None:

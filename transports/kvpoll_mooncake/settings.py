@@ -77,8 +77,8 @@ class MooncakeSettings:
     lanes: int = 4
     transfer_timeout_s: int = 30
     progress_timeout_s: int = 5
-    stall_s: float = 4.0
-    answer_s: float = 2.0
+    stall_s: float = 3.0
+    answer_s: float = 3.0
     connect_s: float = 5.0
     probe_s: float = 3.0
     engine_s: float = 20.0
@@ -93,8 +93,10 @@ class MooncakeSettings:
                 raise InvalidInput(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name, (kind, least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
+            if value is None:
+                if name in _OPTIONAL:
+                    continue
+                raise InvalidInput(f"{name}=None: give {kind.__name__} from {least:g} to {most:g}")
             if not _is_number(value, kind) or not least <= value <= most:
                 raise InvalidInput(f"{name}={value!r}: give {kind.__name__} from {least:g} to {most:g}")
         if self.progress_timeout_s * 2 > self.transfer_timeout_s:

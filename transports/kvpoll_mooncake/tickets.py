@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.spi import Done, Failed, Progress, Quiesced, Write
+from kvpoll_mooncake.frames import Entry
+from kvpoll_mooncake.wire import Engine
 
-__all__ = ["Job", "Stage", "Tickets"]
+__all__ = ["Job", "Stage", "Tickets", "entries_for"]
 
 
 class Stage(enum.Enum):
@@ -46,6 +48,26 @@ class _Loose:
     engine: int
     may_land: bool
     may_read: bool
+
+
+def entries_for(writes: Sequence[Write], engine: Engine) -> list[Entry]:
+    """Writes as our engine is told of them.
+
+    Args:
+        writes: What a ticket is to move.
+        engine: The peer's.
+
+    Raises:
+        ValueError: One goes beyond what the peer's engine has.
+    """
+    bases = {base.region: base for base in engine.bases}
+    entries: list[Entry] = []
+    for write in writes:
+        base = bases.get(write.region)
+        if base is None or write.dst_offset + write.nbytes > base.nbytes:
+            raise ValueError(f"{write}: outside the receiver's region")
+        entries.append((write.region, write.nbytes, write.src_offset, base.address + write.dst_offset))
+    return entries
 
 
 class Tickets:

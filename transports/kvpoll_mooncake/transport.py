@@ -311,6 +311,8 @@ class _Inside:
 
         if self._loop.post(stop):
             over.result()
+        else:  # the thread has ended by a mistake of ours
+            self._maker.end_all()
 
     def _wait(self, future: Future[None]) -> None:
         try:

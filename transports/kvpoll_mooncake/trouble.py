@@ -11,7 +11,7 @@ from kvpoll_mooncake.maker import Maker
 from kvpoll_mooncake.roles import Running
 from kvpoll_mooncake.tickets import Job
 
-__all__ = ["Crowd", "Ours", "Sources", "Trouble"]
+__all__ = ["Crowd", "Ending", "Ours", "Sources", "Trouble"]
 
 
 class Crowd:
@@ -31,6 +31,15 @@ class Sources:
     maker: Maker
     outbox: Outbox
     crowd: Crowd
+
+
+@dataclass
+class Ending:
+    """How far a link has ended: closed by the driver; waiting for nobody any more; with nothing left of it."""
+
+    closed: bool = False
+    buried: bool = False
+    over: bool = False
 
 
 class Ours:
@@ -67,3 +76,8 @@ class Trouble:
         self.doubted: int | None = None
         self.details = ""
         self.ghost = False
+
+    def words(self, peer: object) -> str:
+        """The reason, with whom it concerns and what Mooncake said."""
+        reason = f"{peer}: {self.reason}"
+        return f"{reason} [{self.details}]" if self.details else reason

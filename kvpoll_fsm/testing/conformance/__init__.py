@@ -45,7 +45,7 @@ _TESTS = (
 
 def rewrite_asserts() -> None:
     """Let pytest rewrite the asserts of what is imported later, if it is pytest that imports."""
-    if "pytest" in sys.modules:
+    if sys.modules.get("pytest") is not None:
         names = [f"{__name__}.{module}" for module in _TESTS]
         new = [name for name in names if name not in sys.modules]
         importlib.import_module("pytest").register_assert_rewrite(*new)

@@ -6,7 +6,7 @@ import pytest
 
 from kvpoll_fsm.spi import Done, Failed, Link, Range, Write
 from kvpoll_fsm.testing.conformance.base import Base, Bench
-from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, painted, untouched
+from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, painted, same, untouched
 
 __all__ = ["Fencing", "first_byte", "unharmed"]
 
@@ -45,6 +45,15 @@ class Fencing(Base):
         painted(pair.rx)
         if self.is_mild:
             assert pair.tx.links[link.number] == [True]
+
+    def test_what_was_fenced_can_be_granted_again(self, bench: Bench) -> None:
+        """To the same holder: another token admits what the fenced one did."""
+        token = bench.rx.grant(Range(0, 0, 1000))
+        bench.fence(token)
+        again = bench.rx.grant(Range(0, 0, 1000))
+        assert again != token
+        self.get_through(bench, Write(0, 0, 0, 1000))
+        same([Write(0, 0, 0, 1000)], bench.tx, bench.rx)
 
     def test_a_token_is_fenced_twice_while_bytes_come(self, pair: Pair, link: Link) -> None:
         """Each call is answered; and a third when all is over."""

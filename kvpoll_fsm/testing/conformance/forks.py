@@ -31,7 +31,7 @@ class Forks(Base):
             pair.rx.transport.close()
 
         with self._child(close) as child:
-            until(lambda: os.waitpid(child, os.WNOHANG)[0], "the child's end", self.within_s)
+            until(lambda: _has_ended(child), "the child's end", self.within_s)
             pair.done(link.submit([Write(0, 0, 0, 10)], pair.rx.grant()))
         self.get_through(pair, Write(0, 0, 0, 10))
 
@@ -66,6 +66,16 @@ class Forks(Base):
                 os._exit(status)
         try:
             yield child
-        finally:
-            with contextlib.suppress(ChildProcessError):
-                until(lambda: os.waitpid(child, os.WNOHANG)[0], "the child's end", self.within_s)
+            until(lambda: _has_ended(child), "the child's end", self.within_s)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            raise
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == child
+    except ChildProcessError:  # waited for before
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -22,9 +23,11 @@ class Leaks(Base):
     def test_close_leaves_nothing_behind(self, how: str) -> None:
         """No file descriptor, thread or process; whatever was under way."""
         self._life(how)  # what is made once for all is no leak
-        before, children = footprint(), offspring()
+        before, children, tasks = footprint(), offspring(), _tasks()
         self._life(how)
-        assert footprint() == before
+        left = [now - then for now, then in zip(footprint(), before, strict=True)]
+        assert left == [set(), set()], f"left behind: {left}"
+        until(lambda: _tasks() <= tasks, "the end of its threads", self.within_s)
         until(lambda: offspring() <= children, "the end of its processes", self.within_s)
 
     def test_closed_links_leave_nothing_behind(self) -> None:
@@ -42,11 +45,11 @@ class Leaks(Base):
 
     def test_what_it_opens_is_not_inherited(self) -> None:
         """A program that the host starts gets none of its file descriptors: they are closed on exec."""
-        before = _open_fds()
+        before = _inheritable()
         pair = Pair(self.side(filled=True), self.side())
         link = pair.tx.connect(pair.rx)
         pair.up(link)
-        inherited = [os.readlink(f"/proc/self/fd/{fd}") for fd in _open_fds() - before if os.get_inheritable(fd)]
+        inherited = _inheritable() - before
         assert not inherited
         pair.close()
 
@@ -76,5 +79,16 @@ class Leaks(Base):
             first_byte(pair)
 
 
-def _open_fds() -> set[int]:
-    return {int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+def _tasks() -> set[str]:
+    """The threads of this process, those that are not Python's, too."""
+    return set(os.listdir("/proc/self/task"))
+
+
+def _inheritable() -> set[str]:
+    """The file descriptors that programs started here would have."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            if os.get_inheritable(int(fd)):
+                found.add(f"{fd}:{os.readlink(f'/proc/self/fd/{fd}')}")
+    return found

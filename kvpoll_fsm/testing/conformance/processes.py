@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -39,15 +40,14 @@ class Processes(Base):
         if self.claims.one_process:
             pytest.skip("it claims one_process: there are no peers in other processes")
         spec = self._spec()
-        started: list[Peer] = []
+        with contextlib.ExitStack() as closing:
 
-        def start(filled: bool = False) -> Peer:
-            started.append(Peer(spec, filled, within_s=self.within_s))
-            return started[-1]
+            def start(filled: bool = False) -> Peer:
+                peer = Peer(spec, filled, within_s=self.within_s)
+                closing.callback(peer.close)
+                return peer
 
-        yield start
-        for peer in started:
-            peer.close()
+            yield start
 
     @pytest.fixture
     def away(self, starts: Starts, bench: Bench) -> Away:

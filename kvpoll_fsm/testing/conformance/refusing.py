@@ -56,8 +56,7 @@ class Refusing(Base):
         writes = [Write(0, 0, 1000, 10), wrong, Write(1, 0, 0, 10)]
         if bench.tx.transport.capabilities.scatter_entries < len(writes):
             writes = [wrong]
-        (end,) = bench.calm(token, bench.link.submit(writes, token))
-        assert isinstance(end, Failed), end
+        self._refused(bench, token, *writes)
         if not self.refuses_whole:  # what is admitted may have landed
             for each in GRANTED:
                 bench.rx.arenas[each.region][each.offset : each.offset + each.nbytes] = bytes(each.nbytes)
@@ -68,16 +67,14 @@ class Refusing(Base):
     def test_a_foreign_token_writes_nothing(self, bench: Bench, case: str) -> None:
         """One that nobody has granted, of any length."""
         bench.rx.grant()
-        (end,) = bench.calm(TOKENS[case], bench.link.submit([Write(0, 0, 0, 100)], TOKENS[case]))
-        assert isinstance(end, Failed), end
+        self._refused(bench, TOKENS[case], Write(0, 0, 0, 100))
         untouched(bench.rx)
         self.goes_on(bench, bench.link, Write(0, 0, 0, 10))
 
     def test_a_token_of_another_receiver_writes_nothing(self, bench: Bench) -> None:
         """A token is good for whoever granted it."""
         token = bench.tx.grant()
-        (end,) = bench.calm(token, bench.link.submit([Write(0, 0, 0, 100)], token))
-        assert isinstance(end, Failed), end
+        self._refused(bench, token, Write(0, 0, 0, 100))
         untouched(bench.rx)
 
     def test_a_token_that_was_changed_writes_nothing(self, bench: Bench) -> None:
@@ -86,8 +83,7 @@ class Refusing(Base):
         good = bench.rx.grant(Range(0, 0, 100))
         for at in (0, len(good) // 2, len(good) - 1):
             changed = bytes([*good[:at], good[at] ^ 1, *good[at + 1 :]])
-            (end,) = bench.calm(changed, bench.link.submit([Write(0, 0, 0, 100)], changed))
-            assert isinstance(end, Failed), f"byte {at} of {len(good)}: {end}"
+            self._refused(bench, changed, Write(0, 0, 0, 100))
         untouched(bench.rx)
 
     def test_a_revoked_token_writes_nothing(self, bench: Bench) -> None:
@@ -96,8 +92,7 @@ class Refusing(Base):
         bench.rx.transport.revoke(token)
         bench.rx.transport.revoke(token)
         bench.rx.transport.revoke(b"unknown")
-        (end,) = bench.calm(token, bench.link.submit([Write(0, 0, 0, 100)], token))
-        assert isinstance(end, Failed), end
+        self._refused(bench, token, Write(0, 0, 0, 100))
         untouched(bench.rx)
         if self.is_mild:
             bench.done(bench.link.submit([Write(0, 0, 0, 100)], other))
@@ -126,3 +121,9 @@ class Refusing(Base):
             bench.tx.transport.connect(garbage, bench.rx.regions)
         with pytest.raises(InvalidInput):
             bench.tx.transport.connect(bench.rx.transport.descriptor(), [garbage])
+
+    def _refused(self, bench: Bench, token: bytes, *writes: Write) -> None:
+        """The ticket fails, and no byte of it lands any more."""
+        (end,) = bench.calm(token, bench.link.submit(writes, token))
+        assert isinstance(end, Failed), end
+        assert end.quiescent or not self.refuses_whole, end

@@ -142,9 +142,9 @@ class Remote:
         except subprocess.TimeoutExpired:
             raise AssertionError("the peer's process does not end") from None
         finally:
-            if not ended:
+            if members(self.process.pid):
                 self.signal(signal.SIGKILL)
-                self.process.wait()
+            self.process.wait()
 
 
 class RemoteLink:

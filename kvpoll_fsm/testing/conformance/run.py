@@ -1,4 +1,4 @@
-"""Runs the suite on an installed transport in a process of its own, which may crash or hang, and says what came of it."""
+"""Runs the suite on an installed transport, in a process of its own that may crash or hang."""
 
 from __future__ import annotations
 

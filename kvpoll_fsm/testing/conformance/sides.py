@@ -325,8 +325,10 @@ class Pair:
 
     def close(self) -> None:
         """Close both sides."""
-        self.tx.close()
-        self.rx.close()
+        try:
+            self.tx.close()
+        finally:
+            self.rx.close()
 
 
 def _few(tickets: Sequence[int]) -> str:
@@ -361,7 +363,8 @@ def painted(rx: Side) -> None:
 def footprint() -> tuple[set[str], set[str]]:
     """The file descriptors and the threads of this process."""
     fds = {f"{fd}:{_link(fd)}" for fd in os.listdir("/proc/self/fd")}
-    return {fd for fd in fds if not fd.endswith(":")}, {thread.name for thread in threading.enumerate()}
+    threads = {f"{thread.native_id}:{thread.name}" for thread in threading.enumerate()}
+    return {fd for fd in fds if not fd.endswith(":")}, threads
 
 
 def _link(fd: str) -> str:

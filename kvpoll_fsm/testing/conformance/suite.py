@@ -15,5 +15,5 @@ from kvpoll_fsm.testing.conformance.writing import Writing
 __all__ = ["TransportSuite"]
 
 
-class TransportSuite(Writing, Refusing, Fencing, Links, Crowds, Claims, Processes, Forks, Leaks):
+class TransportSuite(Leaks, Forks, Processes, Claims, Crowds, Links, Fencing, Refusing, Writing):  # last runs first
     """Subclass it, say how to make the transport, and pytest runs every test on it."""
