@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kvpoll_fsm import BlockPool, Endpoint, KVPoll
+from kvpoll_fsm import BlockPool, Endpoint, KVPoll, Receiver, Sender
 from kvpoll_fsm.cli import command
 from kvpoll_fsm.cli_local import _time
-from tests.helpers import LAYOUT, SOON_S, endpoint, make_data, pair, same, transfer
+from tests.helpers import LAYOUT, endpoint, make_data, open_pair, pair, same, transfer, until
 
 KVPOLL = [sys.executable, "-m", "kvpoll_fsm.cli"]
 
@@ -136,13 +138,15 @@ def test_durations(seconds: float | None, text: str) -> None:
 # Under load
 
 IN_FLIGHT = 200
+MOVING = 30
 TOKENS = 40
+PATIENT_S = 40.0
 
 
 def kvpoll(*arguments: object) -> dict[str, Any]:
     """The command itself, in a process."""
     done = subprocess.run(
-        [*KVPOLL, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=40, check=False
+        [*KVPOLL, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=PATIENT_S, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -150,13 +154,13 @@ def kvpoll(*arguments: object) -> dict[str, Any]:
 
 
 class Load:
-    """Rooms, as many at a time as there may be, until it is told to stop."""
+    """At least 200 rooms open at any time, some of which move; when it is told to stop, it brings all to their end."""
 
     def __init__(self, tx: Endpoint, rx: Endpoint) -> None:
         self.tx, self.rx = tx, rx
         self.ended: dict[int, KVPoll] = {}
         self.unequal: list[int] = []
-        self.by: dict[str, int] = {}
+        self.by: Counter[str] = Counter()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -169,46 +173,45 @@ class Load:
         self._thread.join()
 
     def _run(self) -> None:
-        live: dict[int, Any] = {}
-        room = 0
-        while live or not self._stop.is_set():
-            while len(live) < IN_FLIGHT and not self._stop.is_set():
-                live[room] = self._open(room)
-                room += 1
-            oldest = next(iter(live))
-            self._close(oldest, *live.pop(oldest))
+        rooms = itertools.count()
+        waiting: deque[tuple[Sender, Receiver]] = deque()
+        moving: deque[tuple[Sender, Receiver]] = deque()
+        while waiting or moving or not self._stop.is_set():
+            while len(waiting) <= IN_FLIGHT and not self._stop.is_set():
+                waiting.append(open_pair(self.tx, self.rx, next(rooms), tokens=32))
+            if waiting:
+                moving.append(waiting.popleft())
+                moving[-1][0].send(make_data(TOKENS, seed=moving[-1][0].room))
+            if len(moving) == MOVING or not waiting:
+                self._close(*moving.popleft())
 
-    def _open(self, room: int) -> Any:
-        data = make_data(TOKENS, seed=room)
-        sender = self.tx.sender(room, required_ranks=1)
-        sender.send(data)
-        return sender, self.rx.receiver(room, peer=str(self.tx.address), tokens=32), data
-
-    def _close(self, room: int, sender: Any, receiver: Any, data: Any) -> None:
-        self.ended[room] = sender.wait(SOON_S)
-        if receiver.wait(SOON_S) is not KVPoll.Success or not same(receiver.result(timeout=0), data):
+    def _close(self, sender: Sender, receiver: Receiver) -> None:
+        room = sender.room
+        self.ended[room] = sender.wait(PATIENT_S)
+        if receiver.wait(PATIENT_S) is not KVPoll.Success or not same(receiver.result(0), make_data(TOKENS, seed=room)):
             self.unequal.append(room)
-        for part in sender.parts:
-            self.by[part.transport] = self.by.get(part.transport, 0) + 1
+        self.by.update(part.transport for part in sender.parts)
         sender.clear()
         receiver.clear()
 
 
 @pytest.mark.both
 def test_switched_there_and_back_with_200_rooms_in_flight_no_room_is_lost(isolation: str, tmp_path: Path) -> None:
-    pools = {"tx": {"pool": BlockPool(LAYOUT, 128)}, "rx": {"pool": BlockPool(LAYOUT, 128)}}
     path = tmp_path / "socket"
     with (
-        pair("shm", standby=("tcp",), tx={**pools["tx"], "control_socket": path}, rx=pools["rx"]) as (tx, rx),
+        pair("shm", standby=("tcp",), tx={"control_socket": path}, rx={"pool": BlockPool(LAYOUT, 512)}) as (tx, rx),
         Load(tx, rx) as load,
     ):
+        until(lambda: load.ended, "rooms move")
         for policy in ("tcp", "shm"):
             assert kvpoll("switch", policy, "--socket", path)["policy"] == f"require:{policy}"
+        until(lambda: load.by["tcp"], "the switch has had its effect", PATIENT_S)
         report = kvpoll("report", "--socket", path)
-    assert len(load.ended) > IN_FLIGHT
+        assert report["live"] >= IN_FLIGHT
+    assert len(load.ended) > 2 * IN_FLIGHT
     assert set(load.ended.values()) == {KVPoll.Success}
     assert not load.unequal
     assert load.by.keys() == {"shm", "tcp"}
-    assert sum(load.by.values()) == 2 * len(load.ended)
+    assert load.by.total() == 2 * len(load.ended)
     assert {name: row["success_share"] for name, row in report["sent"].items()} == {"shm": 1.0, "tcp": 1.0}
     assert all(row["latency_s"]["count"] == row["rooms"] > 0 for row in report["sent"].values())

@@ -138,7 +138,9 @@ class ControlSocket:
                 self._path.unlink()
 
     def after_fork(self) -> None:
-        """This is a forked child: let go of the listener, so that its end shows when the parent's has come."""
+        """This is a forked child: let go of what the parent has, so that its end shows when the parent's has come."""
+        for caller in list(self._callers.values()):
+            caller.socket.close()
         if self._listener is not None:
             self._listener.close()
 

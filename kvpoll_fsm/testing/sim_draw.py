@@ -300,8 +300,9 @@ class _Draw:
         late = self.dice.choice([0.0, 0.5, 1.0])
         place = (room.sender, self.dice.choice(room.ranks).host)
         transport, port = self.dice.choice(self.transports), self.dice.random() < 0.2
-        how = self.dice.choice(["", "", "hang", "collateral"])
-        return Break(at_s, self._lasts(), *place, transport, late, port, how == "hang", how == "collateral")
+        how = self.dice.choice(["", "reads", "hang", "collateral"])
+        broken = Break(at_s, self._lasts(), *place, transport, late, port)
+        return replace(broken, **{how: True}) if how else broken
 
     def _crash(self, at_s: float, room: Open) -> Event:
         return Crash(at_s, self._lasts(60.0), self._one(room), bye=self.dice.random() < 0.3)

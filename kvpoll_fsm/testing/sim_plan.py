@@ -154,7 +154,8 @@ class Break(_Lasting, frozen=True):
     Attributes:
         late: The share of them that may land later.
         port: The data port does not answer either.
-        hang: They do not fail, but stand still.
+        reads: Those that may land later read their source until then.
+        hang: They do not fail, but stand still until they are asked to end.
         collateral: They fail for another's sake.
     """
 
@@ -163,6 +164,7 @@ class Break(_Lasting, frozen=True):
     transport: str
     late: float = 0.0
     port: bool = False
+    reads: bool = False
     hang: bool = False
     collateral: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvpoll_fsm import inputs
@@ -183,11 +184,11 @@ class TimedWorld(World):
         broken = self.weather.broken(host.name, dest, command.transport)
         return trip, broken is None or not broken.port
 
-    def _finish(self, host: Host, job: Job, *, ok: bool, loose: bool = False, collateral: bool = False) -> None:
+    def _finish(self, host: Host, job: Job, *, ok: bool, loose: bool = False, **how: bool) -> None:
         """A job ends; its host hears of it when it goes on."""
         if not _take(self.jobs, job):
             return
-        answer = work.answer(self, host, job, ok=ok, loose=loose, collateral=collateral)
+        answer = work.answer(self, host, job, ok=ok, loose=loose, **how)
         self.clock.log(f"{host.name}: {_work(job)} {'done' if ok else 'failed, may land' if loose else 'failed'}")
         if answer is not None:
             self.for_host(host, ANSWER, lambda: self.feed(host.name, job.key, answer))
@@ -227,7 +228,8 @@ class TimedWorld(World):
         if (broken is not None and not broken.hang) or self.clock.now > until_s:
             loose = self.weather.dice("late", host.name).random() < (broken.late if broken else 0.5)
             self.weather.counts["failed writes"] += 1
-            return self._finish(host, job, ok=False, loose=loose, collateral=bool(broken and broken.collateral))
+            how = {"reads": broken.reads, "collateral": broken.collateral} if broken else {}
+            return self._finish(host, job, ok=False, loose=loose, **how)
         if broken is not None or self._held_up(host, dest, job.target.transport):
             self.clock.after(RETRY_S, ANSWER, lambda: self._piece(host, job, marks, until_s))
         elif not marks:
@@ -267,12 +269,15 @@ class TimedWorld(World):
         return [job for job in self.jobs if (job.host, job.key) == (host.name, key) and job.target is not None]
 
     def _ask_to_end(self, host: Host, job: Job) -> None:
-        how = self.weather.dice("cancel", host.name).choice(["stops", "stops", "unknown", "goes on"])
+        dest, target = host.address(job.target.conn) if job.target else None, job.target
+        broken = self.weather.broken(host.name, dest or "", target.transport if target else "")
+        ways = ["stops", "stops", "unknown", "goes on"]
+        how = self.weather.dice("cancel", host.name).choice(ways[:3] if broken and broken.hang else ways)
+        reads = broken is None or broken.reads
         if how != "goes on":
-            self._end_soon(host, job, how == "unknown")
-
-    def _end_soon(self, host: Host, job: Job, loose: bool) -> None:
-        self.clock.after(self.weather.work_s(host.name), ANSWER, lambda: self._finish(host, job, ok=False, loose=loose))
+            seconds = self.weather.work_s(host.name)
+            end = partial(self._finish, host, job, ok=False, loose=how == "unknown", reads=reads)
+            self.clock.after(seconds, ANSWER, end)
 
     def on_late(self, late: LateWrite) -> None:
         """Bytes land some times or never, until they can no more."""

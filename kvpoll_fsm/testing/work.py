@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from kvpoll_fsm import inputs
 from kvpoll_fsm.commands import CopyOut, Fence, HeldPart, Preflight, StartPart, Target, Verify
 from kvpoll_fsm.errors import FailureCode
@@ -22,7 +24,7 @@ DIFFER = (FailureCode.ChecksumMismatch, "the bytes differ")
 
 
 def answer(
-    world: World, host: Host, job: Job, *, ok: bool, loose: bool, collateral: bool = False
+    world: World, host: Host, job: Job, *, ok: bool, loose: bool, reads: bool = True, collateral: bool = False
 ) -> inputs.Input | None:
     """Do a job, well or badly.
 
@@ -33,6 +35,7 @@ def answer(
         ok: It succeeds. A fence that does not is one that would cost other rooms: it stays unanswered, as long
             as it is not forced.
         loose: A write that fails may land later.
+        reads: It reads its source until then.
         collateral: It fails through no fault of the transport.
 
     Returns:
@@ -42,7 +45,9 @@ def answer(
     if isinstance(command, Preflight):
         return inputs.Preflighted(command.rank, command.conn, command.transport, ok, "" if ok else "refused")
     if isinstance(command, StartPart) and job.target is not None:
-        return _write(world, host, job, job.target, ok, loose, collateral)
+        written = _write(world, host, job, job.target, ok, loose)
+        how = {"source_free": written.quiescent or not reads, "collateral": collateral and not written.ok}
+        return structs.replace(written, **how)
     if isinstance(command, Fence) and command.transport:
         return host.fence_one(key, command, world.new_token())
     if isinstance(command, Fence):
@@ -76,9 +81,7 @@ def loosen(world: World, host: Host, job: Job) -> bool:
     return dest is not None
 
 
-def _write(
-    world: World, host: Host, job: Job, target: Target, ok: bool, loose: bool, collateral: bool
-) -> inputs.PartWritten:
+def _write(world: World, host: Host, job: Job, target: Target, ok: bool, loose: bool) -> inputs.PartWritten:
     shut = bool(target.shut)
     loosened = loose and not (ok or shut) and loosen(world, host, job)
     landed = ok and not shut and progress(world, host, job, job.command.tokens)
@@ -88,11 +91,9 @@ def _write(
         target.transport,
         landed,
         quiescent=not loosened,
-        source_free=not loosened,
         detail="" if landed else "the write failed",
         checksum=CHECKSUM if landed and world.checksums else None,
         attempt=job.command.attempt,
-        collateral=collateral and not landed,
         shut=shut,
     )
 

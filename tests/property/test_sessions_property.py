@@ -168,11 +168,11 @@ class Sessions(RuleBasedStateMachine):
     # Work
 
     @precondition(lambda self: self.world.jobs)
-    @rule(at=numbers, how=st.sampled_from(["well", "well", "badly", "late"]))
+    @rule(at=numbers, how=st.sampled_from(["well", "well", "badly", "late", "collateral", "late, collateral"]))
     def job(self, at: int, how: str) -> None:
         at %= len(self.world.jobs)
         writes = isinstance(self.world.jobs[at].command, StartPart)
-        self.world.perform(at, ok=how == "well", loose=writes and how == "late")
+        self.world.perform(at, ok=how == "well", loose=writes and "late" in how, collateral="collateral" in how)
 
     @precondition(lambda self: self.world.late)
     @rule(at=numbers, over=st.booleans())

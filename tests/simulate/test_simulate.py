@@ -66,6 +66,31 @@ def test_without_faults_every_room_succeeds_however_small_the_pools(seed: int) -
     assert outcome.outcomes["Success"] == sum(1 + len(event.ranks) for event in plan.events if isinstance(event, Open))
 
 
+BREAKS = {
+    "dies": Break(0.0, 1e5, "", "", "a"),
+    "fails late": Break(0.0, 1e5, "", "", "a", late=1.0),
+    "hangs": Break(0.0, 1e5, "", "", "a", late=0.5, hang=True),
+    "fails collaterally": Break(0.0, 1e5, "", "", "a", collateral=True),
+    "fails late, collaterally": Break(0.0, 1e5, "", "", "a", late=0.5, collateral=True),
+    "cannot be reached": Break(0.0, 1e5, "", "", "a", port=True),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_transport_that_does_not_work_fails_no_room_that_has_another(how: str) -> None:
+    plan = calm(14)
+    pairs = [(a.name, b.name) for a in plan.machines for b in plan.machines if a is not b]
+    breaks = tuple(replace(BREAKS[how], source=a, dest=b) for a, b in pairs)
+    outcome = simulate(replace(plan, events=(*breaks, *plan.events), transports=("a", "b"), one_way=True))
+    assert outcome.violation is None, outcome.violation
+    rooms = [event for event in plan.events if isinstance(event, Open)]
+    assert outcome.outcomes["Success"] == sum(1 + len(room.ranks) for room in rooms), outcome.failure_codes
+    if how == "hangs":
+        assert outcome.faults["hurried writes"] > 0
+    elif how != "cannot be reached":
+        assert outcome.faults["failed writes"] > 0
+
+
 def test_plans_hold_faults_of_every_kind_and_rooms_of_every_sort() -> None:
     events = [event for seed in range(20) for event in draw(seed, "safety", rooms=40, hours=1.0).events]
     rooms = [event for event in events if isinstance(event, Open)]

@@ -404,7 +404,7 @@ BROKEN = {
     Counting: ("test_a_token_that_was_changed_writes_nothing", "Done"),
     Threading: ("test_close_leaves_nothing_behind[unused]", "left behind: "),
     Opening: ("test_close_leaves_nothing_behind[used]", "left behind: "),
-    Inheriting: ("test_what_it_opens_is_not_inherited", "eventfd"),
+    Inheriting: ("test_what_it_opens_is_not_inherited_and_threads_have_names", "eventfd"),
     Spawning: ("test_close_leaves_nothing_behind[busy]", "the end of its processes"),
     FalseCancel: ("test_it_cancels_if_it_claims_to", "False is True"),
     SecretCancel: ("test_it_cancels_if_it_claims_to", "True is False"),

@@ -38,6 +38,7 @@ from tests.transports import shm_raw as raw
 class TestShm(TransportSuite):
     needs_fd = True
     refuses_whole = True
+    is_patient = False
 
     def make(self) -> ShmTransport:
         return ShmTransport()

@@ -25,6 +25,7 @@ from tests.transports import raw
 class TestTcp(TransportSuite):
     needs_fd = False
     refuses_whole = True
+    is_patient = False
 
     def make(self) -> TcpTransport:
         return TcpTransport()

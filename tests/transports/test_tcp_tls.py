@@ -42,6 +42,7 @@ class TestTcpWithTls(TransportSuite):
 class TestTcpWithTlsAndTwoStreams(TransportSuite):
     needs_fd = False
     refuses_whole = True
+    is_patient = False
 
     def make(self) -> TcpTransport:
         return TcpTransport(tls=TLS, streams=2)

@@ -108,12 +108,12 @@ class Reactor:
         """Do what there is to do; wait for something so long at most."""
         if self._epoll is None:
             return
-        for fd, mask in self._epoll.poll(self._wait_s(wait_s)):
-            watcher = self._watchers.get(fd)
-            if watcher is not None:
-                watcher.ready(mask)
-            elif fd == self._wake_fd:
+        ready = [(fd, mask, self._watchers.get(fd)) for fd, mask in self._epoll.poll(self._wait_s(wait_s))]
+        for fd, mask, watcher in ready:
+            if fd == self._wake_fd:
                 os.eventfd_read(self._wake_fd)
+            elif watcher is not None and self._watchers.get(fd) is watcher:
+                watcher.ready(mask)  # and not one who has got the number of a file that was closed just now
         while self._clock and self._clock[0][0] <= time.monotonic():
             heapq.heappop(self._clock)[2]()
         for _ in range(len(self._steps)):

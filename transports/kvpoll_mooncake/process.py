@@ -155,9 +155,9 @@ class Process:
     def _reap(self) -> None:
         """It has ended."""
         process = self._process
-        if process is None or self._pidfd < 0:
+        status = None if process is None else process.poll()
+        if process is None or status is None or self._pidfd < 0:
             return
-        status = process.wait()
         self._reactor.unwatch(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1

@@ -52,12 +52,15 @@ class Base(abc.ABC):
         needs_fd: Memory can be sent from only if it is shared memory (`Region.fd`). None finds out which it is.
         refuses_whole: Of a ticket with one write that is not admitted nothing lands, which is more than is promised:
             without this what is admitted may.
+        is_patient: What is promised within the transport's own time limits is waited for, which may take seconds.
+            Without this one test does with less.
         within_s: How long one condition is waited for. Far more than it should take: the machine may be busy.
         test_s: How long one test may take; then whatever call it hangs in is ended by an exception.
     """
 
     needs_fd: ClassVar[bool | None] = None
     refuses_whole: ClassVar[bool] = False
+    is_patient: ClassVar[bool] = True
     within_s: ClassVar[float] = 20.0
     test_s: ClassVar[float] = 55.0
 

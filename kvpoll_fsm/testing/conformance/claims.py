@@ -16,7 +16,6 @@ from kvpoll_fsm.spi import (
     Failed,
     FenceKind,
     Gathers,
-    Link,
     Range,
     Write,
 )
@@ -77,11 +76,13 @@ class Claims(Base):
                 break
         assert bool(early) is can.cancellable, early
 
-    def test_a_mild_fence_is_one(self, pair: Pair, link: Link) -> None:
+    def test_a_mild_fence_is_one(self, request: pytest.FixtureRequest) -> None:
         """`FenceKind.token`: tickets of other tokens are done, on the same link and on another, and links stay up."""
         if not self.is_mild:
             pytest.skip("a fence costs a process: other tickets may end with it")
-        second = pair.tx.connect(pair.rx)
+        pair: Pair = request.getfixturevalue("pair")
+        link, second = pair.tx.connect(pair.rx), pair.tx.connect(pair.rx)
+        pair.up(link)
         pair.up(second)
         token = pair.rx.grant(Range(0, 0, SIZES[0]))
         others = [pair.rx.grant(Range(1, 0, SIZES[1])) for _ in range(2)]

@@ -7,7 +7,7 @@ import pytest
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.spi import Failed, Range, Region, Write
 from kvpoll_fsm.testing.conformance.base import Base, Bench
-from kvpoll_fsm.testing.conformance.sides import HUGE, SIZES, Pair, lease, same, untouched
+from kvpoll_fsm.testing.conformance.sides import HUGE, SIZES, lease, same, untouched
 
 __all__ = ["Refusing"]
 
@@ -105,14 +105,14 @@ class Refusing(Base):
         with pytest.raises(InvalidInput):
             bench.rx.transport.grant(lease(), [Range(0, 0, 1), wrong])
 
-    def test_a_region_that_cannot_be_written_is_an_error(self, pair: Pair) -> None:
+    def test_a_region_that_cannot_be_written_is_an_error(self, bench: Bench) -> None:
         """`register` raises InvalidInput; for a number that is taken, too."""
         with pytest.raises(InvalidInput):
-            pair.rx.transport.register(Region(2, memoryview(b"read only")))
+            bench.rx.transport.register(Region(2, memoryview(b"read only")))
         with pytest.raises(InvalidInput):
-            pair.rx.transport.register(Region(2, memoryview(bytearray(8))[::2]))
+            bench.rx.transport.register(Region(2, memoryview(bytearray(8))[::2]))
         with pytest.raises(InvalidInput):
-            pair.rx.transport.register(Region(0, memoryview(bytearray(8))))
+            bench.rx.transport.register(Region(0, memoryview(bytearray(8))))
 
     @pytest.mark.parametrize("garbage", [b"", b"garbage", b"\x80", b"\xff" * 64])
     def test_a_descriptor_that_is_none_is_an_error(self, bench: Bench, garbage: bytes) -> None:

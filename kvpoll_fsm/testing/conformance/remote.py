@@ -176,7 +176,7 @@ class Peer(Side):
     """A side in a process of its own, whose memory this process sees too, whatever becomes of the other."""
 
     def __init__(self, spec: Spec, filled: bool = False, *, within_s: float = WITHIN_S) -> None:
-        self.remote = Remote(spec, within_s)
+        self.remote = Remote(spec, max(within_s, WITHIN_S))
         super().__init__(self.remote, filled=filled, within_s=within_s)
 
     def stop(self) -> None:
