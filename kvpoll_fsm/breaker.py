@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import structs
 
-from kvpoll_fsm.commands import CancelWrites, Preflight, SetTimer, StartPart, Target
+from kvpoll_fsm.commands import Preflight, SetTimer, StartPart, Target
 from kvpoll_fsm.deadlines import Deadlines
 from kvpoll_fsm.effects import BreakerMoved, Do, Outbox
 from kvpoll_fsm.errors import FailureCode
@@ -92,17 +92,12 @@ class Breakers:
 
     # What rooms want
 
-    def asked(self, key: RoomKey, session: Session, command: Preflight | StartPart | CancelWrites) -> None:
+    def asked(self, key: RoomKey, command: Preflight | StartPart) -> None:
         """Pass on what a room wants of a transport, unless a breaker is in the way."""
         if isinstance(command, Preflight):
-            return self._preflight(key, command)
-        if isinstance(command, StartPart):
-            return self._start(key, command)
-        slot = session.slots.get(command.rank) if isinstance(session, SenderSession) else None
-        if slot is not None:  # it counts at once: who knows when a transport that hangs says so
-            attempt = (key, command.rank, command.part, command.attempt)
-            self._failed((slot.conn, slot.transports[0]), attempt, command.why, counts=True)
-        self._out.emit(Do(key, command))
+            self._preflight(key, command)
+        else:
+            self._start(key, command)
 
     def _preflight(self, key: RoomKey, command: Preflight) -> None:
         refusal = "" if command.insist else self._refusal((command.conn, command.transport))
@@ -143,7 +138,8 @@ class Breakers:
         if slot is None or session is None or event.shut:
             return
         place, attempt = (slot.conn, event.transport), (key, event.rank, event.part, event.attempt)
-        counts = not (event.collateral or event.ours or session.state.is_terminal)
+        blameless = event.collateral or event.ours
+        counts = not blameless and (slot.hurried or not session.state.is_terminal)
         if event.ok:
             self._got_through(place, attempt)
         else:

@@ -364,8 +364,8 @@ class EndpointCore:
             self._lessor.regrant(key, command)
         elif isinstance(command, commands.Release):
             self._lessor.release(key, command)
-        elif isinstance(command, (commands.Preflight, commands.StartPart, commands.CancelWrites)):
-            self.breakers.asked(key, session, command)
+        elif isinstance(command, (commands.Preflight, commands.StartPart)):
+            self.breakers.asked(key, command)
         else:
             if isinstance(command, commands.Fence) and not command.force:
                 self._lessor.quarantine(key, command.part)

@@ -103,6 +103,10 @@ class Incoming:
         """The lease of a part is over: its tokens admit nothing any more."""
         exposed = self._exposed.pop((key, part), None)
         if exposed is not None:
+            # A fence alone that is under way must not renew a token of the blocks that the part may get next.
+            alone = [each for each, place in self._fences.items() if place[:2] == (key, part) and place.transport]
+            for fence in alone:
+                del self._fences[fence]
             self._revoke(exposed.tokens)
 
     def fence(self, key: RoomKey, command: Fence) -> None:

@@ -101,9 +101,14 @@ class Outgoing:
             self._cancel(writing, "cancelled")
 
     def hurry(self, key: RoomKey, command: CancelWrites) -> None:
-        """Stop one attempt that takes too long, if it has not ended meanwhile; its end is reported all the same."""
+        """Stop one attempt that takes too long, if it has not ended meanwhile; its end is reported all the same.
+
+        One that is being staged is let alone: no transport is to blame, and another would have to wait as well.
+        """
         writing = self._writings.get((key, command.rank))
-        if writing is not None and (writing.command.part, writing.command.attempt) == (command.part, command.attempt):
+        if writing is None or (writing.command.part, writing.command.attempt) != (command.part, command.attempt):
+            return
+        if writing.planned:
             self._cancel(writing, command.why)
 
     def _cancel(self, writing: Writing, why: str) -> None:
@@ -218,6 +223,7 @@ class Outgoing:
         extents = plan_runs(layout, prepared.slots, there, room_slots)
         entries = transport.capabilities.scatter_entries
         writing.pending.extend(batches(extents, MAX_TICKET_NBYTES, entries))
+        writing.planned = True
         offer = connection.offers.get(target.transport)
         self._links.reach(target.conn, offer, target.transport, lambda ok, why: self._reached(writing, ok, why))
 

@@ -105,6 +105,11 @@ class RankSlot:
         self.transports = tuple(name for name in self.transports if name != transport)
         self.passed_over = (*self.passed_over, why)
 
+    def abandon(self, why: str) -> None:
+        """No transport can carry the part."""
+        self.transports, self.shut = (), ()
+        self.passed_over = (*self.passed_over, why)
+
     def close(self) -> None:
         """Nothing can land there any more, and there is nobody who needs to be told so."""
         self.closed = self.told = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import CancelWrites, StartPart, Target
-from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.rank_slot import RankSlot
 from kvpoll_fsm.sender_ranks import SenderRanks
@@ -69,7 +68,9 @@ class SenderAttempts(SenderRanks):
     def _attempt_failed(self, event: inputs.PartWritten, slot: RankSlot) -> None:
         slot.reachable = False
         why = f"{event.transport} to rank {event.rank}: {event.detail}"
-        if event.shut:
+        if event.ours:  # the bytes themselves are not there: another transport would carry whatever lies in the blocks
+            slot.abandon(why)
+        elif event.shut:
             slot.put_off(event.transport, why)
         elif event.collateral and slot.collaterals < MAX_COLLATERALS:
             slot.collaterals += 1
@@ -94,26 +95,25 @@ class SenderAttempts(SenderRanks):
         slot.fencing = ""
         self._preflight(rank, slot, f"{failed} failed")
 
-    def _patience_s(self, gate: Gate) -> float:
-        """Less while another transport is left than when all is lost."""
-        seconds = super()._patience_s(gate)
-        if gate is Gate.moving:
-            for slot in self.slots.values():
-                if slot.may_fall_back:
-                    seconds = min(seconds, self.deadlines.patience_s(probing=slot.probing))
-        return seconds
+    def _patience_s(self) -> float | None:
+        """The least that an attempt has which another transport can take the place of."""
+        slots = [slot for slot in self.slots.values() if slot.may_fall_back]
+        if not slots:
+            return None
+        return self.deadlines.patience_s(probing=any(slot.probing for slot in slots))
 
     def _hurry(self) -> bool:
         """The gate's time is over. Give up those attempts that another transport can take the place of, if any."""
-        seconds = self._patience_s(Gate.moving)
-        slow = [(rank, slot) for rank, slot in self.slots.items() if slot.may_fall_back]
-        slow = [each for each in slow if self.deadlines.patience_s(probing=each[1].probing) <= seconds]
-        for rank, slot in slow:
-            slot.hurried = True
-            self._do(CancelWrites(rank, self.part, slot.attempt, f"no bytes landed for {seconds:g} s"))
-        if slow:
-            self._keep_waiting()
-        return bool(slow)
+        seconds = self._patience_s()
+        if seconds is None:
+            return False
+        slots = [(rank, slot) for rank, slot in self.slots.items() if slot.may_fall_back]
+        for rank, slot in slots:
+            if self.deadlines.patience_s(probing=slot.probing) <= seconds:
+                slot.hurried = True
+                self._do(CancelWrites(rank, self.part, slot.attempt, f"no bytes landed for {seconds:g} s"))
+        self._keep_waiting()
+        return True
 
     def _probing(self, event: inputs.Probing) -> None:
         slot = self.slots.get(event.rank)

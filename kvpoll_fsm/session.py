@@ -268,18 +268,18 @@ class Session:
             self._disarm(GATE_TIMER)
             self._disarm(ROOM_TIMER)
             return
-        seconds = self._patience_s(gate)
-        mark = (self.state, gate, len(self.parts), seconds)
+        patience_s = self._patience_s() if gate is Gate.moving else None
+        mark = (self.state, gate, len(self.parts), patience_s)
         if renew or mark != self._gate_mark:
             self._gate_mark = mark
-            self._arm(GATE_TIMER, seconds)
+            self._arm(GATE_TIMER, self.deadlines.of(self.state, gate) if patience_s is None else patience_s)
         told = self._told_gate(gate)
         if told is not self._told:
             self._told, self.news = told, True
 
-    def _patience_s(self, gate: Gate) -> float:
-        """How long the room waits at this gate before it does something about it."""
-        return self.deadlines.of(self.state, gate)
+    def _patience_s(self) -> float | None:
+        """How long bytes of a part may stay away before something is done about it, where all is not lost then."""
+        return None
 
     def _worked(self, event: Worked) -> None:
         """A part is staged, checked or copied, or waits for its turn behind others: that is no standstill."""

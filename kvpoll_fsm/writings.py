@@ -44,6 +44,7 @@ class Writing:
         loose: Ended, but may land still.
         reading: Ended, but may read the source still. A subset of `loose` until the peer is gone.
         collateral: All that failed did so through no fault of the transport's.
+        planned: It is staged, and its batches are made.
         ours: It failed before a transport had any part in it.
     """
 
@@ -58,6 +59,7 @@ class Writing:
     failed: str = ""
     collateral: bool = False
     ours: bool = False
+    planned: bool = False
     reported: bool = False
 
 

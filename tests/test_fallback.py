@@ -11,6 +11,7 @@ import pytest
 
 from kvpoll_fsm import KVPoll
 from kvpoll_fsm.sender_attempts import MAX_COLLATERALS
+from kvpoll_fsm.staging import stage
 from kvpoll_memory import Faults
 from tests.helpers import SOON_S, adopted, deadlines, make_data, on_driver, open_pair, pair, same, transfer, until
 
@@ -224,3 +225,27 @@ def test_a_room_that_its_receiver_gave_up_opens_no_breaker() -> None:
         faults.release()
         assert sender.wait_quiescent(SOON_S)
         assert on_driver(tx, lambda: len(tx.driver.core.breakers)) == 0
+
+
+@pytest.mark.parametrize("policy", ["prefer:memory,tcp", "require:memory"])
+def test_a_part_that_cannot_be_staged_goes_by_no_transport(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one would send what lies in the blocks, with a checksum of just that."""
+    staged = []
+
+    def stage_once_badly(*given: Any) -> None:
+        staged.append(given)
+        if len(staged) == 1:
+            raise MemoryError("the device gave nothing")
+        stage(*given)
+
+    monkeypatch.setattr("kvpoll_fsm.outgoing.stage", stage_once_badly)
+    with pair(policy) as (tx, rx):
+        sender, receiver = open_pair(tx, rx, 1)
+        sender.send(make_data(64))
+        assert sender.wait(SOON_S) is receiver.wait(SOON_S) is KVPoll.Failed
+        assert sender.failure is not None
+        assert "the device gave nothing" in sender.failure.detail
+        again, there = open_pair(tx, rx, 2)
+        again.send(make_data(64))
+        assert same(there.result(SOON_S), make_data(64))
+        assert history(again) == ["0:memory"]  # nothing is held against it

@@ -288,6 +288,20 @@ def test_a_costly_fence_alone_ends_without_a_token_if_the_room_did() -> None:
     assert len(bench.transports[0].granted) == 1
 
 
+def test_a_fence_of_blocks_that_were_given_back_renews_no_token_of_others(bench: Bench) -> None:
+    """A peer that has a part fenced and then gives its grant back: the token it was given next must not outlive it."""
+    bench.expose()
+    bench.incoming.fence(KEY, Fence(0, force=True, transport="a"))
+    bench.incoming.release(KEY, 0)
+    bench.expose(blocks=(2, 3))
+    bench.incoming.fenced("a", 10)
+    assert [len(each.granted) for each in bench.transports] == [2, 2]
+    assert isinstance(bench.last, Granted)
+    bench.incoming.release(KEY, 0)
+    assert bench.transports[0].revoked == [b"a1", b"a2"]
+    assert bench.incoming.idle
+
+
 def test_what_was_not_exposed_is_fenced(bench: Bench) -> None:
     bench.incoming.fence(KEY, Fence(3, force=False))
     assert bench.last == Fenced(3)

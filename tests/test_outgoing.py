@@ -289,6 +289,15 @@ def test_one_attempt_that_takes_too_long_is_cancelled(bench: Bench, meant: bool)
         assert [(w.ok, w.detail, w.collateral) for w in bench.written()] == [(False, "no bytes landed for 4 s", False)]
 
 
+def test_an_attempt_that_is_being_staged_is_not_cancelled(bench: Bench) -> None:
+    bench.later = []
+    bench.start()
+    bench.out.hurry(ONE, CancelWrites(0, 0, 0, "no bytes landed for 4 s"))
+    bench.work()
+    bench.end(0)
+    assert [w.ok for w in bench.written()] == [True]
+
+
 def test_what_a_breaker_keeps_out_is_staged_and_not_written(bench: Bench) -> None:
     bench.out.sources[ONE] = Source.of(LAYOUT, data(12))
     grant = BlockGrant(0, 12, (0, 2, 4), (("fake", b"token"),))

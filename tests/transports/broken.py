@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.spi import Completion, Done, Failed, Fenced, LeaseId, Progress, Range, Region, Write
+from kvpoll_fsm.spi import Completion, Done, Failed, Fenced, LeaseId, Progress, Quiesced, Range, Region, Write
 from kvpoll_fsm.testing.conformance import TransportSuite
 from kvpoll_memory import MemoryTransport
 from kvpoll_memory.transport import MemoryLink
@@ -191,6 +191,23 @@ class FalseCancel(Memory):
         link = super().connect(descriptor, regions)
         link.cancel = lambda ticket: None  # type: ignore[method-assign]
         return link
+
+
+class Liar(Memory):
+    """Says of cancelled tickets that nothing lands any more, and goes on with them."""
+
+    def connect(self, descriptor: bytes, regions: Sequence[bytes]) -> MemoryLink:
+        link = super().connect(descriptor, regions)
+        link.cancel = lambda ticket: self.faults.fail_late(ticket)  # type: ignore[method-assign]
+        return link
+
+    def completions(self) -> list[Completion]:
+        seen = super().completions()
+        for number, each in enumerate(seen):
+            if isinstance(each, Failed) and not each.quiescent:
+                seen[number] = Failed(each.ticket, each.reason, quiescent=True)
+                self.faults.land(each.ticket)
+        return [each for each in seen if not isinstance(each, Quiesced)]
 
 
 class SecretCancel(Memory):
@@ -407,6 +424,7 @@ BROKEN = {
     Inheriting: ("test_what_it_opens_is_not_inherited_and_threads_have_names", "eventfd"),
     Spawning: ("test_close_leaves_nothing_behind[busy]", "the end of its processes"),
     FalseCancel: ("test_it_cancels_if_it_claims_to", "False is True"),
+    Liar: ("test_a_cancelled_ticket_ends", "landed behind"),
     SecretCancel: ("test_it_cancels_if_it_claims_to", "True is False"),
     FalseProgress: ("test_progress_is_reported_if_it_is_claimed", "False is True"),
     FewEntries: ("test_scatter_entries_are_taken", "too many"),

@@ -11,4 +11,4 @@ pytestmark = raw.needs_mooncake
 
 class TestMooncake(TransportSuite):
     def make(self) -> MooncakeTransport:
-        return MooncakeTransport()
+        return MooncakeTransport(connect_s=3.0)

@@ -12,7 +12,7 @@ import pytest
 
 from kvpoll_fsm.errors import KvpollError
 from kvpoll_fsm.spi import Done, Range, Write
-from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, MIB, SIZES, Pair, Side, same, until
+from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, MIB, SIZES, Pair, Side, footprint, same, until
 from kvpoll_mooncake import MooncakeTransport, wire
 from tests.transports import mooncake_raw as raw
 
@@ -47,6 +47,43 @@ def bystander(pair: Pair) -> Iterator[Pair]:
     other.rx.close()
 
 
+class Calm(Pair):
+    """A pair and a bystander that nothing happens to, for tests in which somebody else is the trouble."""
+
+    def __init__(self) -> None:
+        super().__init__(new_side(filled=True), new_side())
+        self.bystander = Pair(self.tx, new_side())
+        self.link = self.tx.connect(self.bystander.rx)
+        self.bystander.up(self.link)
+
+    def reset(self) -> None:
+        for side in (self.tx, self.rx, self.bystander.rx):
+            side.forget()
+        for side in (self.rx, self.bystander.rx):
+            side.paint(b"\0")
+
+    def check(self) -> None:
+        """The bystander went on as if nothing had been, over the link that was made before."""
+        assert self.link.number not in self.tx.links
+        self.bystander.done(self.link.submit([Write(0, 0, 0, MIB)], self.bystander.rx.grant()))
+        same([Write(0, 0, 0, MIB)], self.tx, self.bystander.rx)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Iterator[Calm]:
+    calm = Calm()
+    yield calm
+    calm.bystander.rx.close()
+    calm.close()
+
+
+@pytest.fixture
+def calm(kept: Calm) -> Iterator[Calm]:
+    kept.reset()
+    yield kept
+    kept.check()
+
+
 def first_byte(pair: Pair) -> None:
     pair.until(lambda: pair.rx.arenas[0][0] == pair.tx.arenas[0][0], "the first byte")
 
@@ -54,63 +91,63 @@ def first_byte(pair: Pair) -> None:
 # Peers that are not there, or do not answer
 
 
-def test_nobody_listens_where_the_adapter_was(pair: Pair) -> None:
+def test_nobody_listens_where_the_adapter_was(calm: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    link, reason = raw.down(pair.tx, raw.changed(pair.rx.transport, port=port))
+    link, reason = raw.down(calm.tx, raw.changed(calm.rx.transport, port=port))
     assert "Connection refused" in reason
-    assert pair.failed(link.submit([Write(0, 0, 0, 1)], pair.rx.grant())).quiescent
+    assert calm.failed(link.submit([Write(0, 0, 0, 1)], calm.rx.grant())).quiescent
 
 
-def test_another_process_answers_at_the_adapters_port(pair: Pair) -> None:
-    _, reason = raw.down(pair.tx, raw.changed(pair.rx.transport, incarnation=b"i" * 16))
+def test_another_process_answers_at_the_adapters_port(calm: Pair) -> None:
+    _, reason = raw.down(calm.tx, raw.changed(calm.rx.transport, incarnation=b"i" * 16))
     assert "another transport answers" in reason
-    _, reason = raw.down(pair.tx, raw.changed(pair.rx.transport, secret=b"s" * 32))
+    _, reason = raw.down(calm.tx, raw.changed(calm.rx.transport, secret=b"s" * 32))
     assert "ended the connection" in reason
-    assert sum(pair.rx.transport.refused().values()) == 2  # type: ignore[attr-defined]
+    assert sum(calm.rx.transport.refused().values()) == 2  # type: ignore[attr-defined]
 
 
-def test_an_adapter_that_accepts_and_says_nothing(pair: Pair, bystander: Pair) -> None:
+def test_an_adapter_that_accepts_and_says_nothing(calm: Pair) -> None:
     mute = raw.Impostor(lambda peer: None, speaks=False)
-    _, reason = raw.down(pair.tx, mute.descriptor)
+    _, reason = raw.down(calm.tx, mute.descriptor)
     assert "did not answer within 1.5 s" in reason
     mute.close()
 
 
-def test_an_adapter_that_has_no_engine_and_falls_silent(pair: Pair, bystander: Pair) -> None:
+def test_an_adapter_that_has_no_engine_and_falls_silent(calm: Pair) -> None:
     silent = raw.Impostor(lambda peer: None)
-    _, reason = raw.down(pair.tx, silent.descriptor)
+    _, reason = raw.down(calm.tx, silent.descriptor)
     assert "silent for 1.5 s" in reason
     silent.close()
 
 
-def test_an_engine_that_never_existed(pair: Pair, bystander: Pair) -> None:
+def test_an_engine_that_never_existed(calm: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     liar = raw.Impostor(lambda peer: peer.say(raw.engine_at(port)))
-    link, reason = raw.down(pair.tx, liar.descriptor)
+    link, reason = raw.down(calm.tx, liar.descriptor)
     assert "the receiver's engine cannot be reached" in reason
-    assert pair.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16)).quiescent
+    assert calm.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16)).quiescent
     liar.close()
 
 
-def test_an_engine_that_accepts_and_never_answers(pair: Pair, bystander: Pair) -> None:
+def test_an_engine_that_accepts_and_never_answers(calm: Pair) -> None:
     """Mooncake itself would wait for 61 s, and everybody with it."""
     with socket.create_server(("127.0.0.1", 0)) as hung:
         liar = raw.Impostor(lambda peer: peer.say(raw.engine_at(hung.getsockname()[1])))
-        _, reason = raw.down(pair.tx, liar.descriptor)
+        _, reason = raw.down(calm.tx, liar.descriptor)
         assert "did not answer a probe within 1.5 s" in reason
         liar.close()
 
 
-def test_an_adapter_that_is_silent_when_asked(pair: Pair, bystander: Pair) -> None:
-    writer = raw.Writer(pair.rx.transport)
+def test_an_adapter_that_is_silent_when_asked(calm: Pair) -> None:
+    writer = raw.Writer(calm.rx.transport)
     engine = writer.join()
     writer.close()
     silent = raw.Impostor(lambda peer: peer.say(engine))
-    link = pair.tx.transport.connect(silent.descriptor, [])
-    pair.up(link)
-    end = pair.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16))
+    link = calm.tx.transport.connect(silent.descriptor, [])
+    calm.up(link)
+    end = calm.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16))
     assert end.quiescent
     assert "silent for 1.5 s" in end.reason
     assert any(isinstance(message, wire.Ping) for message in silent.heard)
@@ -118,9 +155,9 @@ def test_an_adapter_that_is_silent_when_asked(pair: Pair, bystander: Pair) -> No
 
 
 @pytest.mark.parametrize("lie", ["engine", "number", "nonsense"])
-def test_an_adapter_that_lies(pair: Pair, bystander: Pair, lie: str) -> None:
+def test_an_adapter_that_lies(calm: Pair, lie: str) -> None:
     """Nothing is written that its own words do not cover."""
-    writer = raw.Writer(pair.rx.transport)
+    writer = raw.Writer(calm.rx.transport)
     engine = writer.join()
     writer.close()
 
@@ -132,24 +169,24 @@ def test_an_adapter_that_lies(pair: Pair, bystander: Pair, lie: str) -> None:
         peer.say(b"nonsense" if lie == "nonsense" else wire.Go(ask.ticket, number))
 
     liar = raw.Impostor(act)
-    link = pair.tx.transport.connect(liar.descriptor, [])
-    pair.up(link)
-    assert pair.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16)).quiescent
-    same([], pair.tx, pair.rx)
+    link = calm.tx.transport.connect(liar.descriptor, [])
+    calm.up(link)
+    assert calm.failed(link.submit([Write(0, 0, 0, 1)], b"t" * 16)).quiescent
+    same([], calm.tx, calm.rx)
     liar.close()
 
 
-def test_idle_connections_on_the_engines_port(pair: Pair, bystander: Pair) -> None:
+def test_idle_connections_on_the_engines_port(calm: Pair) -> None:
     """They keep a first contact waiting for 15 s; we do not wait for it so long, and it works once they are gone."""
-    writer = raw.Writer(pair.rx.transport)
+    writer = raw.Writer(calm.rx.transport)
     host, _, port = writer.join().segment.rpartition(":")
     idle = [socket.create_connection((host, int(port))) for _ in range(3)]
-    link = pair.tx.connect(pair.rx)
-    pair.until(lambda: pair.tx.links.get(link.number), "the link to come up or go down")
+    link = calm.tx.connect(calm.rx)
+    calm.until(lambda: calm.tx.links.get(link.number), "the link to come up or go down")
     for sock in idle:
         sock.close()
     writer.close()
-    _reach_again(pair)
+    _reach_again(calm)
 
 
 def _reach_again(pair: Pair) -> None:
@@ -171,20 +208,22 @@ def _reach_again(pair: Pair) -> None:
 @pytest.mark.parametrize("when", ["before", "between", "mid"])
 def test_the_receiving_engine_is_killed(pair: Pair, bystander: Pair, when: str) -> None:
     """Its adapter has the next one soon; what was under way has ended quiescent."""
+    first = raw.receiving_pid(pair.rx)
     if when == "before":
-        os.kill(raw.receiving_pid(pair.rx), signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
     link = pair.tx.connect(pair.rx)
     pair.up(link)
     token = pair.rx.grant()
     if when == "mid":
         tickets = [link.submit(HUGE, token) for _ in range(4)]
         first_byte(pair)
-        os.kill(raw.receiving_pid(pair.rx), signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
         for end in pair.ended(*tickets):
             assert isinstance(end, Done) or (end.quiescent and end.source_free and not end.collateral), end
     elif when == "between":
         pair.done(link.submit([Write(0, 0, 0, 10)], token))
-        os.kill(raw.receiving_pid(pair.rx), signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
+    pair.until(lambda: raw.receiving_pid(pair.rx) not in (0, first), "the next engine")
     fresh = pair.rx.grant()
     pair.rx.arenas[0][:] = CANARY * SIZES[0]
     pair.done(link.submit([Write(0, 1, 1, 1000)], fresh))
@@ -369,6 +408,7 @@ def test_ipv6() -> None:
 
 
 def test_a_thread_of_ours_that_fails_takes_its_engines_along() -> None:
+    before = footprint()
     pair = Pair(new_side(filled=True), new_side())
     link = pair.tx.connect(pair.rx)
     pair.up(link)
@@ -378,9 +418,15 @@ def test_a_thread_of_ours_that_fails_takes_its_engines_along() -> None:
     until(lambda: loop.failure is not None, "the thread's end")
     with pytest.raises(KvpollError, match="thread failed"):
         pair.tx.transport.completions()
-    pair.tx.transport.close()
+    with pytest.raises(KvpollError, match="thread failed"):
+        pair.tx.close()
     assert not any(map(raw.is_alive, pids))
+    for arena in pair.tx.arenas:
+        arena.close()
     pair.rx.close()
+    for fd in pair.tx._fds:
+        os.close(fd)
+    assert footprint() == before
 
 
 def test_engines_end_with_their_adapter() -> None:

@@ -9,14 +9,19 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from kvpoll_common.grants import Grants
+from kvpoll_common.loop import Reactor
+from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import AddressError, InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Done, Range, Region, Write
 from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, Side, footprint, same, sealed_memfd
-from kvpoll_mooncake import MooncakeSettings, MooncakeTransport, environment, frames, installed, memory
+from kvpoll_mooncake import MooncakeSettings, MooncakeTransport, environment, frames, installed, memory, process, wire
 from kvpoll_mooncake.flight import CHUNK_NBYTES, MAX_OUTSTANDING, WINDOW_NBYTES, Flights, cut
+from kvpoll_mooncake.keeper import Keeper, Visit
 from tests.transports import mooncake_raw as raw
 
 # Settings
@@ -324,6 +329,59 @@ def test_a_transfer_that_is_not_taken() -> None:
     under_way.turn()
     assert isinstance(said[0], frames.Broke)
     assert "did not take" in said[0].problem
+
+
+# Who asks while the engine is being replaced
+
+
+class Leaver:
+    """A writer's adapter whose connection turns out to be dead with the first answer."""
+
+    writer = b"writer"
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.heard: list[wire.Message] = []
+
+    def tell(self, message: wire.Message) -> None:
+        self.heard.append(message)
+        self.keeper.forget(self)
+
+    def entered(self, visit: Visit) -> None: ...
+
+    def left(self, visit: Visit) -> None: ...
+
+
+def test_one_who_goes_with_questions_open_hurts_nobody() -> None:
+    engine, settings = Mock(), MooncakeSettings()
+    outbox = Outbox()
+    grants = Grants(outbox, "mooncake")
+    maker = Mock(settings=settings, start=lambda *of: engine)
+    keeper = Keeper(Reactor(), maker, {0: Region(0, memoryview(bytearray(100)))}, grants, lambda message: None)
+    leaver, token = Leaver(keeper), grants.add([Range(0, 0, 100)])
+    keeper.start()
+    for ticket in range(3):
+        keeper.ask(leaver, wire.Ask(ticket, token, wire.pack_ranges([(0, 0, 10)])))
+    keeper.heard(engine, frames.Ready("segment"))
+    keeper.heard(engine, frames.Registered(0, 1 << 20))
+    assert leaver.heard == [wire.Go(0, 1)]
+    engine.kill.assert_not_called()
+    keeper.fence(token)  # what he was let in with may be under way
+    engine.kill.assert_called_once()
+
+
+# Engines in processes of their own
+
+
+def test_an_engine_that_never_stops_talking_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = process._Errors("engine")
+    monkeypatch.setattr(process.os, "read", lambda fd, nbytes: b"E something failed\n" * 100)
+    assert errors.read() is False
+    assert errors.last() == "E something failed | E something failed"
+
+
+def test_every_signal_has_a_name() -> None:
+    assert [process._name_of(number) for number in (9, 40)] == ["SIGKILL", "signal 40"]
 
 
 # Engines in this process

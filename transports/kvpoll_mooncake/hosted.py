@@ -91,6 +91,17 @@ class Hosted:
         if self._stream is not None:
             self._stream.finish()
 
+    @property
+    def is_alive(self) -> bool:
+        """It has been started, and not been seen to end."""
+        return self._stream is not None
+
+    def end(self) -> None:
+        """Let it be let go of; nobody is told. For when the reactor's thread is no more."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
     def last_words(self) -> str:
         """Nothing: Mooncake writes to this process's own standard error."""
         return ""

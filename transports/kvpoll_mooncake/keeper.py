@@ -194,7 +194,7 @@ class Keeper:
         self.current = Engine(life.number, life.segment, tuple(life.bases.values()))
         self._tell_ready()
         self._tell(self.current)
-        for _ in range(len(self._asks)):
+        while self._asks and not self._life.fencing:  # one who turns out to be gone takes his other questions along
             self.ask(*self._asks.popleft())
 
     def _tell_ready(self) -> None:

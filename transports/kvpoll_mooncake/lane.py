@@ -1,8 +1,7 @@
 """The sending side of one link: asks the peer's adapter, and has our engine write what it allows.
 
-Each link has an engine of its own, so that what a peer does to it (a first contact that hangs, a connection that is
-being made again and again) holds up nobody else; and a new one whenever the peer's engine is another, for the old one
-remembers what does not hold any more.
+Each link has an engine of its own, so that what a peer does to it (a first contact that hangs, say) holds up nobody
+else; and a new one whenever the peer's engine is another, for the old one remembers what does not hold any more.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Lane:
         """End a ticket soon: what has begun is waited for."""
         job = self._tickets.get(ticket)
         if job is not None and job.stage is Stage.running:
-            self._tell_engine(frames.Cancel(ticket))
+            self._engine.tell(frames.Cancel(ticket))
         elif job is not None:
             self._drop(job, "cancelled")
 
@@ -96,6 +95,11 @@ class Lane:
         """Wait for the peer no longer. May be called twice."""
         self._end.closed = self._end.buried = True
         self._settle()
+
+    def abandon(self) -> None:
+        """Close what is open, for when the reactor's thread is no more."""
+        if self._caller is not None:
+            self._caller.close()
 
     # The connection to the peer's adapter
 
@@ -238,7 +242,7 @@ class Lane:
         complete = ours.ready and ours.registered == self._sources.regions.keys()
         if complete and self._theirs is not None and not ours.probing:
             ours.probing = self._theirs.segment
-            self._tell_engine(frames.Probe(self._theirs.segment))
+            self._engine.tell(frames.Probe(self._theirs.segment))
             self._expect_within(self._sources.maker.settings.probe_s, "the receiver's engine did not answer a probe")
 
     def _probed(self, event: frames.Probed) -> None:
@@ -273,10 +277,6 @@ class Lane:
             self._tell(Doubt(self._theirs.number))
             self._caller.asked()
         self._end_engine()
-
-    def _tell_engine(self, command: frames.Command) -> None:
-        if self._engine.running is not None:
-            self._engine.running.send(command)
 
     def _end_engine(self) -> None:
         running = self._engine.running
@@ -317,7 +317,7 @@ class Lane:
             return self._drop(job, str(error))
         job.stage = Stage.running
         job.moved_at = time.monotonic()
-        self._tell_engine(frames.Order(job.ticket, self._theirs.segment, frames.pack_entries(entries)))
+        self._engine.tell(frames.Order(job.ticket, self._theirs.segment, frames.pack_entries(entries)))
 
     def _drop(self, job: Job, reason: str) -> None:
         """End a ticket of which nothing has begun."""
@@ -340,11 +340,9 @@ class Lane:
 
     def _fall(self, reason: str, quiet: bool = False) -> None:
         """Give the link up: our engine is ended, and all tickets end once it has."""
-        if self._trouble is None:
-            self._trouble = Trouble(reason, lambda job: False)
-        self._trouble.doubted = None
-        self._trouble.restart = False
-        self._trouble.quiet |= quiet
+        self._trouble = trouble = self._trouble or Trouble(reason, lambda job: False)
+        trouble.doubted, trouble.restart = None, False
+        trouble.quiet |= quiet
         self._end_engine()
         self._settle()
 

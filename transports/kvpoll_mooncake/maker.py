@@ -40,7 +40,7 @@ class Maker:
         self._host = host
         self._protocol = protocol
         self._addresses = Addresses()
-        self._made: list[Process] = []
+        self._made: list[Process | Hosted] = []
 
     def start(self, master: Master, name: str, regions: Mapping[int, Region]) -> Running:
         """Start one, with these regions.
@@ -59,13 +59,13 @@ class Maker:
             engine = Hosted(self._reactor, master, name)
         else:
             engine = Process(self._reactor, master, name, self._addresses)
-            self._made = [other for other in self._made if other.is_alive]
-            self._made.append(engine)
+        self._made = [other for other in self._made if other.is_alive]
+        self._made.append(engine)
         engine.start(setup, variables(self.settings, self._protocol, self._host), regions)
         return engine
 
     def end_all(self) -> None:
-        """Kill all processes and wait for their ends: for when the reactor's thread is no more."""
+        """End all, and wait for the ends of processes: for when the reactor's thread is no more."""
         for engine in self._made:
             engine.end()
 

@@ -34,6 +34,7 @@ _OURS = ("MC_FORCE_TCP", "MC_FORCE_HCA")
 """Variables that decide the protocol, which is ours to decide."""
 _LAST_LINES = 2
 _LINE_NBYTES = 300
+_READS = 4
 _NOISE = b"Local segment descriptor not found"
 """Said by every engine that starts."""
 
@@ -124,10 +125,24 @@ class Process:
         return self._process is None or self._process.returncode is None
 
     def end(self) -> None:
-        """Kill it and wait for its end; nobody is told."""
+        """Kill it and wait for its end; nobody is told. For when the reactor's thread is no more."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what we have of it."""
+        for fd in (self._pidfd, self._errors.fd):
+            self._reactor.unwatch(fd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        if self._process is not None and self._process.stderr is not None:
+            self._process.stderr.close()
+        self._pidfd = self._errors.fd = -1
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     # What the reactor calls
 
@@ -158,19 +173,11 @@ class Process:
         status = None if process is None else process.poll()
         if process is None or status is None or self._pidfd < 0:
             return
-        self._reactor.unwatch(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
         if self._stream is not None:
-            self._stream.ready(select.EPOLLIN)  # its last words, after which the stream ends
+            self._stream.ready(select.EPOLLIN)  # its last words
         self._errors.read()
-        self._reactor.unwatch(self._errors.fd)
-        if process.stderr is not None:
-            process.stderr.close()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        self._let_go()
+        how = f"killed by {_name_of(-status)}" if status < 0 else f"exit status {status}"
         _log.debug("%s: %s", self._name, how)
         self._master.gone(self, how)
 
@@ -200,8 +207,8 @@ class _Errors:
         self._rest = b""
 
     def read(self) -> bool:
-        """Take what is there; True once nothing more can come."""
-        while self.fd >= 0:
+        """Take some of what is there; True once nothing more can come."""
+        for _ in range(_READS):  # and no more: one that never stops talking must not keep others waiting
             try:
                 data = os.read(self.fd, 1 << 16)
             except BlockingIOError:
@@ -214,7 +221,7 @@ class _Errors:
                 self._take(line[:_LINE_NBYTES])
             if not data:
                 return True
-        return True
+        return False
 
     def _take(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace").strip()
@@ -226,6 +233,13 @@ class _Errors:
 
     def last(self) -> str:
         return " | ".join(self._lines)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def _environment() -> dict[str, str]:

@@ -313,6 +313,9 @@ class _Inside:
             over.result()
         else:  # the thread has ended by a mistake of ours
             self._maker.end_all()
+            self._reception.stop()
+            for lane in lanes:
+                lane.abandon()
 
     def _wait(self, future: Future[None]) -> None:
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.spi import Region
+from kvpoll_mooncake.frames import Command
 from kvpoll_mooncake.maker import Maker
 from kvpoll_mooncake.roles import Running
 from kvpoll_mooncake.tickets import Job
@@ -51,6 +52,11 @@ class Ours:
         self.registered: set[int] = set()
         self.probing = ""
         self.up = False
+
+    def tell(self, command: Command) -> None:
+        """Tell it something, if there is one."""
+        if self.running is not None:
+            self.running.send(command)
 
 
 class Trouble:

@@ -147,11 +147,11 @@ class Base(abc.ABC):
         while True:
             link, token = pair.tx.connect(pair.rx), _admitting(pair, writes)
             (end,) = pair.calm(token, link.submit(writes, token))
+            link.close()
             if isinstance(end, Done):
                 return
             assert not self.is_mild, f"{end}, over a new link"
             assert time.monotonic() < deadline, f"not within {self.within_s:g} s: a write over a new link; {end}"
-            link.close()
 
 
 def _admitting(pair: Pair, writes: Sequence[Write]) -> bytes:

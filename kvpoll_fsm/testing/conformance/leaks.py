@@ -11,7 +11,8 @@ import pytest
 from kvpoll_fsm.spi import Write
 from kvpoll_fsm.testing.conformance.base import Base
 from kvpoll_fsm.testing.conformance.fencing import first_byte
-from kvpoll_fsm.testing.conformance.sides import HUGE, Pair, footprint, offspring, until
+from kvpoll_fsm.testing.conformance.sides import HUGE, Pair, footprint, until
+from kvpoll_fsm.testing.conformance.system import offspring
 
 __all__ = ["Leaks"]
 

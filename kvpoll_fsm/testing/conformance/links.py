@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpoll_fsm.spi import Done, Failed, Link, Range, Write
 from kvpoll_fsm.testing.conformance.base import Base, Bench
 from kvpoll_fsm.testing.conformance.fencing import first_byte
-from kvpoll_fsm.testing.conformance.sides import HUGE, Pair, same
+from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, painted, same
 
 __all__ = ["Links"]
 
@@ -68,7 +68,7 @@ class Links(Base):
         again.rx.close()
 
     def test_a_closed_link_fails_its_tickets(self, pair: Pair, link: Link) -> None:
-        """Those in flight, and those that are submitted later; another link can be made."""
+        """Those in flight, and those that are submitted later; behind their ends nothing lands. Another can be made."""
         token = pair.rx.grant()
         most = pair.tx.transport.capabilities.max_outstanding
         tickets = [link.submit(HUGE[:1], token) for _ in range(min(6, most))]
@@ -77,7 +77,9 @@ class Links(Base):
         tickets.append(link.submit([Write(0, 0, 0, 1)], token))
         link.cancel(tickets[0])
         assert isinstance(pair.calm(token, *tickets)[-1], Failed)
-        self.get_through(pair, Write(0, 0, 0, 1))
+        pair.rx.arenas[0][:] = CANARY * SIZES[0]
+        self.get_through(pair, Write(1, 0, 0, 1))
+        painted(pair.rx)
 
     def test_many_links_one_after_another(self, bench: Bench) -> None:
         """Links come and go; their numbers differ."""

@@ -16,8 +16,9 @@ import msgspec
 from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Capabilities, Completion, LeaseId, Link, Range, Region, Write
 from kvpoll_fsm.testing.conformance import wire
-from kvpoll_fsm.testing.conformance.sides import WITHIN_S, Side, members, states, until
-from kvpoll_fsm.testing.conformance.spec import Spec
+from kvpoll_fsm.testing.conformance.sides import WITHIN_S, Side, until
+from kvpoll_fsm.testing.conformance.spec import Spec, environment
+from kvpoll_fsm.testing.conformance.system import members, states
 
 __all__ = ["Peer", "Remote"]
 
@@ -41,7 +42,7 @@ class Remote:
                 command,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,
             )
         ours.settimeout(within_s)
@@ -207,9 +208,3 @@ class Peer(Side):
         if self.remote.process.returncode is None:
             self.go()
         super().close()
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the modules that are found here."""
-    paths = [path or os.getcwd() for path in sys.path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()]), "PYTHONSAFEPATH": "1"}

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.testing.conformance import HINT
-from kvpoll_fsm.testing.conformance.spec import Spec
+from kvpoll_fsm.testing.conformance.spec import Spec, environment
 
 __all__ = ["Report", "Result", "run"]
 
@@ -102,7 +102,7 @@ def run(spec: Spec, news: Callable[[Report, str], None] = lambda report, name: N
     with tempfile.TemporaryFile("w+") as words, _started(spec, words) as process:
         running = _follow(process, report, news)
         status = process.wait()
-        if running or status not in (0, 1):
+        if running or status not in (0, 1) or not report.results:
             report.trouble = _trouble(status, words)
         if running:
             report.results[running].outcome = "failed"
@@ -124,7 +124,7 @@ class _Process(subprocess.Popen[bytes]):
 
 def _started(spec: Spec, words: IO[str]) -> _Process:
     ours, theirs = os.pipe()
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    keep = {name: value for name, value in environment().items() if not name.startswith("PYTEST")}
     try:
         process = _Process(
             [sys.executable, "-m", f"{__package__}.runner", str(theirs), *spec.words],
@@ -192,6 +192,8 @@ def _end(process: _Process) -> None:
 
 
 def _trouble(status: int, words: IO[str]) -> str:
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    how = f"exit status {status}"
+    if status < 0:  # a real-time signal has no name
+        how = f"killed by {signal.Signals(-status).name if -status in set(signal.Signals) else f'signal {-status}'}"
     words.seek(max(0, words.seek(0, os.SEEK_END) - MOST_WORDS_NBYTES))
     return f"the process that ran the tests ended early, {how}; its last words: {words.read().strip()[-600:]}"

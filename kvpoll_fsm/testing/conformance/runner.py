@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from kvpoll_fsm.errors import KvpollError
+from kvpoll_fsm.errors import KvpollError, TransportUnavailable
 from kvpoll_fsm.testing.conformance.spec import Spec
 
 __all__ = ["main"]
@@ -71,6 +71,12 @@ class Teller:
         )
 
 
+def _text(error: Exception) -> str:
+    if isinstance(error, TransportUnavailable):
+        return f"{error.problem}; {error.hint}" if error.hint else error.problem
+    return str(error) if isinstance(error, KvpollError) else f"{type(error).__name__}: {error}"
+
+
 def _described(item: pytest.Item) -> dict[str, str]:
     function = getattr(item, "function", None)
     theme = getattr(function, "__qualname__", "").partition(".")[0]
@@ -101,9 +107,8 @@ def main(fd: str, factory: str, options: str) -> int:
                 transport.start()
             finally:
                 transport.close()
-        except (KvpollError, ImportError, AttributeError, TypeError) as error:
-            text = str(error) if isinstance(error, KvpollError) else f"{type(error).__name__}: {error}"
-            teller.tell("unusable", reason=text)
+        except Exception as error:  # another party's code may raise anything
+            teller.tell("unusable", reason=_text(error))
             return 2
         teller.tell("claims", capabilities=asdict(transport.capabilities))
         Path(folder, "pytest.ini").write_text(SETTINGS)

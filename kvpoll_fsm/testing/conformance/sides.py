@@ -11,7 +11,6 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from kvpoll_fsm.spi import (
     MAX_TICKET_NBYTES,
@@ -42,13 +41,10 @@ __all__ = [
     "Side",
     "footprint",
     "lease",
-    "members",
-    "offspring",
     "painted",
     "pattern",
     "same",
     "sealed_memfd",
-    "states",
     "until",
     "untouched",
 ]
@@ -372,28 +368,3 @@ def _link(fd: str) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:  # the one that listed the folder
         return ""
-
-
-def offspring() -> set[int]:
-    """The child processes of this one, also those that have ended and were not waited for."""
-    return {pid for pid, _ in _processes(lambda parent, group: parent == os.getpid())}
-
-
-def members(group: int) -> set[int]:
-    """The processes of a group that have not ended."""
-    return {pid for pid, state in _processes(lambda parent, of: of == group) if state not in "ZX"}
-
-
-def states(group: int) -> list[str]:
-    """In which states the processes of a group are, as in /proc: T is stopped."""
-    return [state for _, state in _processes(lambda parent, of: of == group)]
-
-
-def _processes(wanted: Callable[[int, int], bool]) -> Iterable[tuple[int, str]]:
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        if wanted(int(parent), int(group)):
-            yield int(entry.name), state

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from kvpoll_fsm import registry
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.spi import Transport
 
-__all__ = ["Spec"]
+__all__ = ["Spec", "environment"]
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -63,3 +65,9 @@ class Spec(msgspec.Struct, frozen=True):
         for step in path.split("."):
             made = getattr(made, step)
         return cast("Transport", made(**self.options))
+
+
+def environment() -> dict[str, str]:
+    """For a process that is to find the modules that are found here."""
+    paths = [path or os.getcwd() for path in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
