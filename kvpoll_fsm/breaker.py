@@ -47,6 +47,7 @@ class Breaker:
         wait_s: How long it stays open, or has stayed.
         epoch: Of its timer.
         half_open: That time is over.
+        caller: The one rank of a room that may reach for the port then; the others do not wait for it together.
         probe: The one attempt that may try the transport then.
         blamed: The room whose failure opened it, until it is certain that its receiver had not just given it up.
     """
@@ -55,6 +56,7 @@ class Breaker:
     wait_s: float
     epoch: int
     half_open: bool = False
+    caller: tuple[RoomKey, int] | None = None
     probe: Attempt | None = None
     blamed: RoomKey | None = None
 
@@ -63,7 +65,7 @@ class Breaker:
         """Why the transport is not to be tried, or nothing."""
         if not self.half_open:
             return f"not tried, as it failed lately: {self.cause}"
-        return f"not tried before another part got through: {self.cause}" if self.probe else ""
+        return f"not tried before another part got through: {self.cause}" if self.probe or self.caller else ""
 
 
 class Breakers:
@@ -100,7 +102,10 @@ class Breakers:
             self._start(key, command)
 
     def _preflight(self, key: RoomKey, command: Preflight) -> None:
-        refusal = "" if command.insist else self._refusal((command.conn, command.transport))
+        breaker = self._by_place.get((command.conn, command.transport))
+        refusal = "" if command.insist or breaker is None else breaker.refusal
+        if breaker is not None and breaker.half_open and not refusal and not command.insist:
+            breaker.caller = (key, command.rank)
         if refusal:
             self._out.feed(key, Preflighted(command.rank, command.conn, command.transport, False, refusal, True))
         else:
@@ -111,10 +116,6 @@ class Breakers:
             targets = tuple(self._admitted(key, command, target) for target in command.targets)
             command = structs.replace(command, targets=targets)
         self._out.emit(Do(key, command))
-
-    def _refusal(self, place: Place) -> str:
-        breaker = self._by_place.get(place)
-        return breaker.refusal if breaker else ""
 
     def _admitted(self, key: RoomKey, command: StartPart, target: Target) -> Target:
         breaker = self._by_place.get((target.conn, target.transport))
@@ -131,9 +132,7 @@ class Breakers:
     def heard(self, key: RoomKey, session: Session | None, event: PartWritten | Preflighted) -> None:
         """A port was reached, a part was written, or not."""
         if isinstance(event, Preflighted):
-            if not event.ok:
-                self._unreachable((event.conn, event.transport), event.detail)
-            return
+            return self._reached((event.conn, event.transport), (key, event.rank), event)
         slot = session.slots.get(event.rank) if isinstance(session, SenderSession) else None
         if slot is None or session is None or event.shut:
             return
@@ -153,12 +152,12 @@ class Breakers:
             if breaker.blamed == key:
                 self._close(place, breaker)
 
-    def _unreachable(self, place: Place, cause: str) -> None:
+    def _reached(self, place: Place, caller: tuple[RoomKey, int], event: Preflighted) -> None:
         breaker = self._by_place.get(place)
-        if breaker is None:
-            self._open(place, cause)
-        elif breaker.half_open and breaker.probe is None:
-            self._open(place, cause, breaker)
+        if breaker is not None and breaker.caller == caller:
+            breaker.caller = None
+        if not event.ok and (breaker is None or (breaker.half_open and breaker.probe is None)):
+            self._open(place, event.detail, breaker)
 
     def _got_through(self, place: Place, attempt: Attempt) -> None:
         for other, breaker in list(self._by_place.items()):
@@ -233,4 +232,4 @@ class Breakers:
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state, reasons and waits apart."""
         breakers = sorted(self._by_place.items(), key=lambda item: item[0])
-        return tuple((place, each.half_open, each.probe, each.blamed) for place, each in breakers)
+        return tuple((place, each.half_open, each.caller, each.probe, each.blamed) for place, each in breakers)

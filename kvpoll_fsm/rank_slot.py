@@ -20,6 +20,7 @@ class RankSlot:
         insist: Nothing else was left, so those in use now are tried whatever their breakers say.
         stale: A better transport may work again: the next grant chooses anew.
         reachable: The data port answered on the first of them.
+        reaching: It was asked to, and has not answered.
         attempt: Numbers the attempts at the current part, from 0.
         hurried: The attempt takes too long and was asked to end.
         probing: The attempt is to show whether its transport works again.
@@ -58,6 +59,7 @@ class RankSlot:
     closed: bool = False
     gave_up: bool = False
     shut: tuple[str, ...] = ()
+    reaching: bool = False
     insist: bool = False
     stale: bool = False
     attempt: int = 0
@@ -97,8 +99,9 @@ class RankSlot:
 
     @property
     def may_fall_back(self) -> bool:
-        """The attempt need not be waited for as long as it takes: another transport is left."""
-        return self.writing and not self.hurried and len(self.transports) > 1
+        """The attempt, or the port, need not be waited for as long as it takes: another transport is left."""
+        waits = self.reaching or (self.writing and not self.hurried)
+        return waits and len(self.transports) > 1
 
     def drop(self, transport: str, why: str) -> None:
         """Do not try this transport again before the next choice."""

@@ -66,7 +66,7 @@ class SenderAttempts(SenderRanks):
             self._attempt_failed(event, slot)
 
     def _attempt_failed(self, event: inputs.PartWritten, slot: RankSlot) -> None:
-        slot.reachable = False
+        slot.reachable = slot.probing = False
         why = f"{event.transport} to rank {event.rank}: {event.detail}"
         if event.ours:  # the bytes themselves are not there: another transport would carry whatever lies in the blocks
             slot.abandon(why)
@@ -109,7 +109,11 @@ class SenderAttempts(SenderRanks):
             return False
         slots = [(rank, slot) for rank, slot in self.slots.items() if slot.may_fall_back]
         for rank, slot in slots:
-            if self.deadlines.patience_s(probing=slot.probing) <= seconds:
+            if slot.reaching:
+                name = slot.transports[0]
+                slot.drop(name, f"{name} to rank {rank}: its port was not reached for {seconds:g} s")
+                self._preflight(rank, slot, "")
+            elif self.deadlines.patience_s(probing=slot.probing) <= seconds:
                 slot.hurried = True
                 self._do(CancelWrites(rank, self.part, slot.attempt, f"no bytes landed for {seconds:g} s"))
         self._keep_waiting()

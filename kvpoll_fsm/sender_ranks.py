@@ -218,7 +218,8 @@ class SenderRanks(Session):
         self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
 
     def _preflight(self, rank: int, slot: RankSlot, why_none: str) -> None:
-        if slot.resort():
+        slot.reaching = slot.resort()
+        if slot.reaching:
             self._do(Preflight(rank, slot.conn, slot.transports[0], slot.insist))
             return
         ours = f"policy {self.options.policy}, here: {', '.join(self.options.transports)}"
@@ -230,6 +231,7 @@ class SenderRanks(Session):
         current = slot is not None and slot.conn == event.conn and slot.transports[:1] == (event.transport,)
         if slot is None or not current or self.state.is_terminal or slot.reachable:
             return
+        slot.reaching = False
         if not event.ok:
             detail = f"{event.transport} to rank {event.rank}: {event.detail}"
             (slot.put_off if event.shut else slot.drop)(event.transport, detail)

@@ -144,6 +144,24 @@ def test_when_its_time_is_over_one_part_may_try(bench: Bench) -> None:
     assert bench.start(4, insist=True).shut == ""
 
 
+def test_when_its_time_is_over_one_room_reaches_for_the_port(bench: Bench) -> None:
+    """If it does not answer, the others have not waited for it."""
+    bench.fail()
+    bench.time_over()
+    assert bench.reach(2) is None
+    refused = bench.reach(3)
+    assert refused is not None
+    assert refused.shut
+    assert bench.reach(4, insist=True) is None
+    answer = inputs.Preflighted(0, CONN, "a", ok=True)
+    bench.breakers.heard(bench.room(4)[0], None, answer)
+    assert bench.reach(3) is not None
+    bench.breakers.heard(bench.room(2)[0], None, answer)
+    assert bench.reach(3) is None
+    bench.breakers.heard(bench.room(3)[0], None, inputs.Preflighted(0, CONN, "a", ok=False, detail="refused"))
+    assert bench.breakers.of(CONN)["a"].wait_s == 2.0
+
+
 def test_its_success_closes_and_rooms_under_way_may_come_back(bench: Bench) -> None:
     bench.fail()
     bench.time_over()

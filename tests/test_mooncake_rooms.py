@@ -91,7 +91,7 @@ def kill_in_the_middle(tx: Endpoint, rx: Endpoint, victim: int, room: int) -> Se
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("victim", ["sends", "receives"])
-def test_an_engine_is_killed_in_the_middle_of_a_part(isolation: str, victim: str) -> None:
+def test_pain_10_an_engine_is_killed_in_the_middle_of_a_part(isolation: str, victim: str) -> None:
     with endpoint(isolation) as (tx, of_tx), endpoint(isolation) as (rx, receives):
         assert carrier(transfer(tx, rx, 1)) == "mooncake"
         sends = engines() - of_tx - receives

@@ -228,6 +228,21 @@ def test_ranks_without_another_transport_are_let_alone() -> None:
     assert [command.rank for command in fire(tx) if isinstance(command, CancelWrites)] == [0]
 
 
+def test_a_port_that_does_not_answer_in_the_middle_of_a_part_is_not_waited_for() -> None:
+    tx = writing("a", "b", "c")
+    tx.written(ok=False, transport="a", detail="reset")
+    assert tx.session._gate_mark[-1] == 1.5
+    assert [c for c in fire(tx) if isinstance(c, Preflight)] == [Preflight(0, 10, "c")]
+    assert tx.preflight(transport="b") == []  # too late
+    assert again(tx.preflight(transport="c"))[3:5] == (1, "c")
+    assert tx.session.slots[0].passed_over[1] == "b to rank 0: its port was not reached for 1.5 s"
+    alone = writing("a", "b")
+    alone.written(ok=False, transport="a", detail="reset")
+    assert alone.session._gate_mark[-1] is None
+    fire(alone)
+    assert state(alone) is KVPoll.Failed
+
+
 def test_the_receivers_are_told_that_something_else_is_tried() -> None:
     tx = writing("a", "b")
     told = [next(tx.session.beats(10, host_alive=True, working=False)).tries]

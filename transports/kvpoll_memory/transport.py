@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from dataclasses import replace
 
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_fsm.spi import (
