@@ -118,7 +118,7 @@ class Base(abc.ABC):
     @pytest.fixture
     def bench(self, request: pytest.FixtureRequest) -> Iterator[Bench]:
         """A pair and a link, as new; the next test gets the same one, as starting may take a second or more."""
-        bench = self._benches.pop(type(self), None) or self.new_bench()
+        bench = self._kept() or self.new_bench()
         bench.reset()
         failed = request.session.testsfailed
         yield bench
@@ -126,6 +126,17 @@ class Base(abc.ABC):
             self._benches[type(self)] = bench
         else:
             bench.close()
+
+    def _kept(self) -> Bench | None:
+        """What an earlier test has left, if its link is still up."""
+        bench = self._benches.pop(type(self), None)
+        if bench is None:
+            return None
+        bench.pump()
+        if not bench.is_spent:
+            return bench
+        bench.close()
+        return None
 
     @classmethod
     def teardown_class(cls) -> None:
