@@ -4,7 +4,7 @@
 |---|---|---|
 | closed | everybody | open, when a part fails there, or its port cannot be reached |
 | open | who has nothing else left | half-open, when its time is over |
-| half-open | one part; the others as if it were open | closed, if that part gets through; else open, twice as long |
+| half-open | one room to reach the port, then one part | closed, if that part gets through; else open, twice as long |
 
 What ends for somebody else's sake (collateral, a room that was given up) does not count. A breaker only orders what
 else there is: it never stands in the way of the last transport that is left.

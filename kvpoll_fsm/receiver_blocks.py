@@ -252,6 +252,7 @@ class ReceiverBlocks(Session):
             self._sender_gate = Gate.queued  # the part will come: no use in asking again
             return
         self._grant = None
+        self._fencing.clear()
         self._do(Release(self.part))
         self._ask(or_refuse=self._drains_instead())
 

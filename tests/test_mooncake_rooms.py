@@ -14,8 +14,9 @@ import pytest
 
 from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, KVPoll, Layout, Sender
 from tests.helpers import SOON_S, until
+from tests.transports.mooncake_raw import needs_mooncake
 
-pytest.importorskip("mooncake", reason="Mooncake's wheel exists for x86-64 Linux alone: make mooncake")
+pytestmark = needs_mooncake
 
 LAYOUT = Layout(block_tokens=128, fields=[Field("x", "float32", (4096,))])
 BLOCKS = 32

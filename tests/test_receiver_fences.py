@@ -8,7 +8,7 @@ import pytest
 
 from kvpoll_fsm import inputs
 from kvpoll_fsm.commands import Command, Fence, Release
-from kvpoll_fsm.messages import FencePart, PartFenced, Quiesced
+from kvpoll_fsm.messages import FencePart, PartFenced, Quiesced, Withdrawn
 from kvpoll_fsm.poll import KVPoll
 from tests.test_receiver_session import Rx, armed, kinds, sent
 
@@ -58,6 +58,19 @@ def test_a_fence_that_is_asked_for_answers_a_withdraw() -> None:
     rx.session._phase = "withdrawing"
     assert ask(rx) == [Fence(0, force=True, transport="a")]
     assert rx.session._phase == "offered"
+
+
+def test_what_was_asked_of_a_grant_says_nothing_of_the_one_in_its_place() -> None:
+    """A sender by the rules would not give back what it writes to."""
+    rx = Rx()
+    rx.feed(inputs.Granted(0, (4, 2), 8, (("a", b"1"),)))
+    rx.feed(inputs.RevokeGrant())
+    ask(rx)
+    rx.session._phase = "withdrawing"
+    rx.say(Withdrawn, part=0, ok=True)
+    rx.feed(inputs.Granted(0, (6, 3), 8, (("a", b"2"),)))
+    assert rx.feed(inputs.Fenced(0, "a", b"3")) == []
+    assert rx.session._grant.tokens_by_transport == (("a", b"2"),)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("part", [1, 7])

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from kvpoll_fsm import inputs
-from kvpoll_fsm.commands import CancelPart, CancelTimer, CancelWrites, Expose, Release, SetTimer, StartPart, Target
+from kvpoll_fsm.commands import (
+    CancelPart,
+    CancelTimer,
+    CancelWrites,
+    Expose,
+    Preflight,
+    Release,
+    SetTimer,
+    StartPart,
+    Target,
+)
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.core import CoreOptions, EndpointCore
 from kvpoll_fsm.deadlines import Deadlines
@@ -157,6 +167,7 @@ class Endpoints:
         elif isinstance(command, CancelWrites) and key is not None:
             self.tickets = tuple(_asked_to_end(ticket, key, command) for ticket in self.tickets)
         elif not isinstance(command, CancelPart) and key is not None:
+            self.violation = self.violation or _together(node, key, command)
             self.jobs = (*self.jobs, Job(node.name, key, command))
 
     def _expose(self, node: Node, key: RoomKey, command: Expose) -> None:
@@ -223,6 +234,18 @@ def _unasked(node: Node, key: RoomKey, command: StartPart, target: Target) -> st
     if breaker.half_open and breaker.probe == (key, target.rank, command.part, command.attempt):
         return ""
     return f"{key}: writes through {target.transport}, whose breaker is not closed, and is not the one that may"
+
+
+def _together(node: Node, key: RoomKey, command: Any) -> str:
+    """No two rooms reach for a port that failed lately, unless they have nothing else left."""
+    if not isinstance(command, Preflight) or command.insist:
+        return ""
+    breaker = node.core.breakers.of(command.conn).get(command.transport)
+    if breaker is None or breaker.caller == (key, command.rank):
+        return ""
+    return (
+        f"{key}: reaches for the port of {command.transport}, whose breaker is not closed, and is not the one that may"
+    )
 
 
 def knows(node: Node, connection: Connection) -> bool:

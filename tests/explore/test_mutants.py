@@ -1,4 +1,4 @@
-"""The explorer can fail: twenty-one bugs of this field, put into the production code one at a time, are all found."""
+"""The explorer can fail: twenty-two bugs of this field, put into the production code one at a time, are all found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvpoll_fsm.receiver_fences import ReceiverFences
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.rooms import Rooms
 from kvpoll_fsm.sender_session import SenderSession
-from kvpoll_fsm.session import Session
+from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.testing.counterexample import Counterexample
 from kvpoll_fsm.testing.explore import NO_END, explore
 from kvpoll_fsm.testing.scene import Budget, Scene
@@ -261,6 +261,17 @@ def half_open_for_all(patch: Patch) -> None:
     patch.setattr(Breakers, "_admitted", lambda self, key, command, target: target)
 
 
+def port_for_all(patch: Patch) -> None:
+    right = Breakers._preflight
+
+    def preflight(self: Breakers, key: RoomKey, command: Any) -> None:
+        right(self, key, command)
+        for breaker in self._by_place.values():
+            breaker.caller = None
+
+    patch.setattr(Breakers, "_preflight", preflight)
+
+
 CROSSED = Scene("each pool given to the other room", ranks=2, rooms=(1, 2), source_pool=2, ordered=True)
 
 MUTANTS = (
@@ -348,6 +359,12 @@ MUTANTS = (
         breaker_stays_open,
         Scene("m", transports=("a", "b"), faults=Budget(fail=1)),
         "is open for ever",
+    ),
+    Mutant(
+        "half-open for every room's port",
+        port_for_all,
+        Scene("m", rooms=(1, 2), transports=("a", "b"), faults=Budget(port=1), ordered=True),
+        "reaches for the port of a",
     ),
     Mutant(
         "half-open for everybody",

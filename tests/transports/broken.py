@@ -21,6 +21,7 @@ from kvpoll_fsm.testing.conformance import TransportSuite
 from kvpoll_memory import MemoryTransport
 from kvpoll_memory.transport import MemoryLink
 from kvpoll_tcp import TcpTransport
+from tests.transports.test_costly import Costly
 
 STEP_NBYTES = 1 << 20
 
@@ -265,6 +266,17 @@ class Rude(Memory):
 TALKING: Memory
 
 
+class Silent(Costly):
+    """Its fence costs other tickets, and it does not say that it was that."""
+
+    def report(self, *completions: Completion) -> None:
+        super().report(*(without_saying(each) for each in completions))
+
+
+def without_saying(each: Completion) -> Completion:
+    return Failed(each.ticket, each.reason, each.quiescent) if isinstance(each, Failed) else each
+
+
 class Numbering(Memory):
     """Numbers the tickets of each link by themselves."""
 
@@ -409,6 +421,29 @@ class Stuck(Crashing):
         threading.Event().wait()
 
 
+class Reviving(Memory):
+    """A grant to the same holder brings back the token that was fenced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[tuple[LeaseId, tuple[Range, ...]], list[bytes]] = {}
+
+    def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
+        token, earlier = super().grant(lease, ranges), self.before.setdefault((lease, tuple(ranges)), [])
+        self._host._grants |= dict.fromkeys(earlier, self._host._grants[token])
+        earlier.append(token)
+        return token
+
+
+class Crowded(Memory):
+    """Keeps so many tokens and no more."""
+
+    def grant(self, lease: LeaseId, ranges: Sequence[Range]) -> bytes:
+        if len(self._host._grants) == 256:
+            del self._host._grants[next(iter(self._host._grants))]
+        return super().grant(lease, ranges)
+
+
 BROKEN = {
     LateWriter: ("test_nothing_lands_after_a_fence", "landed behind the fence"),
     Hasty: ("test_done_means_in_memory", ""),
@@ -430,6 +465,7 @@ BROKEN = {
     FewEntries: ("test_scatter_entries_are_taken", "too many"),
     FewTickets: ("test_max_outstanding_can_be_in_flight", "too many"),
     Rude: ("test_a_mild_fence_is_one", "broken"),
+    Silent: ("test_nothing_lands_after_a_fence", "ended by a fence of another token"),
     Numbering: ("test_tickets_of_several_links_have_different_numbers", ""),
     Spilling: ("test_writes_what_was_asked_and_nothing_else", "0xff where 0x00 belongs"),
     Moving: ("test_a_descriptor_stays_as_it_is", ""),
@@ -441,6 +477,8 @@ BROKEN = {
     Surviving: ("test_a_receiver_killed_before", "the end of the processes it had started"),
     Registering: ("test_a_region_that_cannot_be_written_is_an_error", "DID NOT RAISE"),
     Answering: ("test_a_fence_always_ends", "twice"),
+    Reviving: ("test_nothing_lands_after_a_fence", ""),
+    Crowded: ("test_1000_tokens_at_once", "does not know the token"),
 }
 """Each of them, the test that must fail, and a word of its message."""
 SHORT = (Forgetful, Unfenced, Spawning, Ringing, Mute, Surviving)

@@ -202,6 +202,12 @@ def state(pid: int) -> str:
         return file.read().rpartition(")")[2].split()[0]
 
 
+def command_of(pid: int) -> str:
+    """What a process was started as."""
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+
+
 def is_alive(pid: int) -> bool:
     try:
         return state(pid) not in "ZX"

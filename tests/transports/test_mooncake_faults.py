@@ -241,6 +241,17 @@ def test_the_receiving_engine_is_stopped_before_first_contact(pair: Pair, bystan
     _reach_again(pair)
 
 
+def test_a_receiving_engine_that_hangs_before_first_contact_is_replaced(pair: Pair) -> None:
+    """Nothing was under way there, so only the writer's probe can show it."""
+    pid = raw.receiving_pid(pair.rx)
+    raw.stop(pid)
+    link = pair.tx.connect(pair.rx)
+    pair.until(lambda: pair.tx.links.get(link.number) == [False], "the link to go down")
+    link.close()
+    pair.until(lambda: not raw.is_alive(pid), "the engine's end")
+    _reach_again(pair)
+
+
 def test_the_receiving_engine_is_stopped_after_first_contact(pair: Pair, bystander: Pair) -> None:
     """The ticket ends by the stall deadline; its adapter finds the engine dead, ends it, and then nothing can land."""
     link = pair.tx.connect(pair.rx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,7 +19,7 @@ from kvpoll_common.loop import Reactor
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import AddressError, InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Done, Range, Region, Write
-from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, Side, footprint, same, sealed_memfd
+from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, Side, footprint, same, sealed_memfd, until
 from kvpoll_mooncake import MooncakeSettings, MooncakeTransport, environment, frames, installed, memory, process, wire
 from kvpoll_mooncake.flight import CHUNK_NBYTES, MAX_OUTSTANDING, WINDOW_NBYTES, Flights, cut
 from kvpoll_mooncake.keeper import Keeper, Visit
@@ -370,7 +371,75 @@ def test_one_who_goes_with_questions_open_hurts_nobody() -> None:
     engine.kill.assert_called_once()
 
 
+def new_keeper(reactor: Any, *engines: Mock) -> tuple[Keeper, list[wire.Message]]:
+    """One that has no regions, with these engines one after the other; and what it tells all writers."""
+    told: list[wire.Message] = []
+    starts = iter(engines)
+    maker = Mock(settings=MooncakeSettings(), start=lambda *of: next(starts))
+    return Keeper(reactor, maker, {}, Grants(Outbox(), "mooncake"), told.append), told
+
+
+def test_the_words_of_an_engine_that_is_gone_are_not_its_successors() -> None:
+    first, second = Mock(), Mock()
+    keeper, told = new_keeper(Mock(), first, second)
+    keeper.start()
+    keeper.heard(first, frames.Ready("first"))
+    keeper.gone(first, "killed")
+    keeper.start()
+    keeper.heard(first, frames.Ready("first"))
+    assert keeper.current is None
+    keeper.heard(second, frames.Ready("second"))
+    keeper.gone(first, "killed")
+    assert keeper.current is not None
+    assert keeper.current.segment == "second"
+    assert [type(message) for message in told] == [wire.Engine, wire.Gone, wire.Engine]
+
+
+def test_only_an_engine_that_leaves_a_doubt_unanswered_is_ended() -> None:
+    engine, reactor, asker = Mock(), Mock(), Mock()
+    keeper, _ = new_keeper(reactor, engine)
+    keeper.start()
+    keeper.heard(engine, frames.Ready("segment"))
+    clocks = []
+    for _ in range(2):
+        keeper.doubt(asker)
+        clocks.append(reactor.later.call_args.args[1])
+        if len(clocks) == 1:
+            keeper.heard(engine, frames.Pong())
+    asker.tell.assert_called_once_with(wire.Sound(1))
+    clocks[0]()
+    engine.kill.assert_not_called()
+    clocks[1]()
+    engine.kill.assert_called_once()
+
+
 # Engines in processes of their own
+
+
+def test_without_file_descriptors_there_is_no_engine_and_none_is_left_over(
+    imitation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imitation.write_text(ENGINE.format(initialize="return 0", register="return 0"))
+    transport, fd = MooncakeTransport(), sealed_memfd(8192)
+    transport.start()
+    transport.register(Region(0, memoryview(bytearray(4096)), fd))
+    side = Mock(transport=transport)
+    first = raw.receiving_pid(side)
+    with monkeypatch.context() as short:
+        short.setattr(process.os, "dup", Mock(side_effect=OSError(24, "Too many open files")))
+        with pytest.raises(TransportUnavailable, match=r"region 1: .*Too many open files"):
+            transport.register(Region(1, memoryview(bytearray(4096)), fd, 4096))
+        os.kill(first, signal.SIGKILL)
+        until(lambda: process.os.dup.call_count > 2, "another try")  # type: ignore[attr-defined]
+    until(lambda: raw.receiving_pid(side) not in (0, first), "the next engine")
+    children = {pid for task in os.listdir("/proc/self/task") for pid in _children(task)}
+    assert [pid for pid in children if "kvpoll_mooncake.child" in raw.command_of(pid)] == [raw.receiving_pid(side)]
+    transport.close()
+    os.close(fd)
+
+
+def _children(task: str) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()]
 
 
 def test_an_engine_that_never_stops_talking_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

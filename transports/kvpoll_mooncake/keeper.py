@@ -88,10 +88,10 @@ class Keeper:
         self._grants = grants
         self._tell = tell
         self._life = _Life()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1)  # of engines, and of doubts
         self._visits: set[Visit] = set()
         self._asks: deque[tuple[Asker, Ask]] = deque()
-        self._doubters: deque[Asker | None] = deque()
+        self._doubters: deque[tuple[int, Asker | None]] = deque()
         self._registering: dict[int, Future[None]] = {}
 
     # Its life
@@ -120,7 +120,10 @@ class Keeper:
         self._registering[region.number] = done
         if self._life.process is None:
             return self._failed(TransportUnavailable("mooncake", "its engine has ended"))
-        self._life.process.register(region)
+        try:
+            self._life.process.register(region)
+        except OSError as error:  # out of file descriptors
+            self._failed(TransportUnavailable("mooncake", f"region {region.number}: {error}"))
 
     def stop(self) -> None:
         """End for good; `over` turns True once nothing can land any more."""
@@ -139,6 +142,8 @@ class Keeper:
     def heard(self, engine: Running, event: Event) -> None:
         """The engine says something."""
         life = self._life
+        if engine is not life.process:
+            return
         if isinstance(event, frames.Ready):
             life.segment = event.segment
             self._note_up()
@@ -148,13 +153,15 @@ class Keeper:
         elif isinstance(event, frames.Registered):
             self._note_region(event)
         elif isinstance(event, frames.Pong) and self._doubters:
-            doubter = self._doubters.popleft()
+            _, doubter = self._doubters.popleft()
             if doubter is not None:
                 doubter.tell(Sound(life.number))
 
     def gone(self, engine: Running, how: str) -> None:
         """The engine has ended: whatever was to land has landed, or never will."""
         life = self._life
+        if engine is not life.process:
+            return
         life.process, self.current = None, None
         crashed = not life.fencing
         if crashed and not life.stopped and life.successor is None:
@@ -244,7 +251,7 @@ class Keeper:
     def forget(self, asker: Asker) -> None:
         """His connection has ended; what he has under way may land as long as the engine lives."""
         self._asks = deque((other, ask) for other, ask in self._asks if other is not asker)
-        self._doubters = deque(None if other is asker else other for other in self._doubters)
+        self._doubters = deque((number, None if other is asker else other) for number, other in self._doubters)
         for visit in self._visits:
             if visit.asker is asker:
                 visit.asker = None
@@ -263,13 +270,13 @@ class Keeper:
         """A transfer failed. An engine that does not answer does nothing any more, and is replaced."""
         if self.current is None or self._life.process is None:
             return  # its end is told soon
-        self._doubters.append(asker)
+        number = next(self._numbers)
+        self._doubters.append((number, asker))
         self._life.process.send(frames.Ping())
-        number, asked = self._life.number, len(self._doubters)
-        self._reactor.later(self._maker.settings.answer_s, lambda: self._silent(number, asked))
+        self._reactor.later(self._maker.settings.answer_s, lambda: self._silent(number))
 
-    def _silent(self, number: int, asked: int) -> None:
-        if number == self._life.number and len(self._doubters) >= asked:
+    def _silent(self, doubt: int) -> None:
+        if any(number == doubt for number, _ in self._doubters):
             self._life.kill()
 
     def _expire(self, asker: Asker, ask: Ask) -> None:

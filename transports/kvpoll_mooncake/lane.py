@@ -97,9 +97,10 @@ class Lane:
         self._settle()
 
     def abandon(self) -> None:
-        """Close what is open, for when the reactor's thread is no more."""
-        if self._caller is not None:
-            self._caller.close()
+        """Close the connection, if there is one."""
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            caller.close()
 
     # The connection to the peer's adapter
 
@@ -336,8 +337,6 @@ class Lane:
             return self._end_engine()
         self._reactor.later(stall_s / 4, lambda: self._watch_over(ours))
 
-    # The end
-
     def _fall(self, reason: str, quiet: bool = False) -> None:
         """Give the link up: our engine is ended, and all tickets end once it has."""
         self._trouble = trouble = self._trouble or Trouble(reason, lambda job: False)
@@ -357,9 +356,7 @@ class Lane:
         idle = self._engine.running is None and not self._ghosts
         if self._end.closed and idle and (self._end.buried or not self._tickets.in_doubt):
             self._end.over = True
-            if self._caller is not None:
-                self._caller.close()
-                self._caller = None
+            self.abandon()
 
     def _report(self, trouble: Trouble) -> None:
         reason = trouble.words(self._peer)
@@ -391,6 +388,8 @@ class Lane:
 
         def look() -> None:
             if ours is self._engine and not ours.up and ours.probing == probing and self._trouble is None:
+                if self._theirs is not None:  # if it hangs, nobody else may tell its adapter
+                    self._tell(Doubt(self._theirs.number))
                 self._fall(f"{problem} within {seconds:g} s")
 
         self._reactor.later(seconds, look)

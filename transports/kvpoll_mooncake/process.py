@@ -77,9 +77,13 @@ class Process:
                 raise OSError(f"{sys.executable} cannot be started: {error}") from error
         ours.setblocking(False)
         self._stream = Stream(self._reactor, ours, self, frames.FRAME_NBYTES)
-        self.send(setup)
-        for region in regions.values():
-            self.register(region)
+        try:
+            self.send(setup)
+            for region in regions.values():
+                self.register(region)
+        except OSError:  # out of file descriptors
+            self.end()
+            raise
 
     def _launch(self, fd: int, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -125,7 +129,7 @@ class Process:
         return self._process is None or self._process.returncode is None
 
     def end(self) -> None:
-        """Kill it and wait for its end; nobody is told. For when the reactor's thread is no more."""
+        """Kill it and wait for its end; nobody is told. For when it is no use, or the reactor's thread is no more."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -90,6 +90,10 @@ class Base(abc.ABC):
         """The capabilities of the transport."""
         return self.make().capabilities
 
+    def few(self, number: int) -> range:
+        """So many tickets, or as many as may be in flight on a link."""
+        return range(min(number, self.claims.max_outstanding))
+
     @property
     def is_mild(self) -> bool:
         """Whether a fence concerns its token alone."""

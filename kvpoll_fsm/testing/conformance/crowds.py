@@ -23,6 +23,16 @@ class Crowds(Base):
         bench.done(bench.submit(Write(0, 0, 0, 1)))  # a second end of one of them would have come before this
         assert len(bench.tx.ends) == 1001
 
+    def test_1000_tokens_at_once(self, bench: Bench) -> None:
+        """The first is as good as the last, whatever becomes of others."""
+        tokens = [bench.rx.grant(Range(0, n * 1000, 1000)) for n in range(1000)]
+        for token in tokens[1::2]:
+            bench.rx.transport.revoke(token)
+        chosen = range(0, 1000, 50)
+        writes = [Write(0, n, n * 1000, 1000) for n in chosen]
+        bench.done(*(bench.link.submit([write], tokens[n]) for n, write in zip(chosen, writes, strict=True)))
+        same(writes, bench.tx, bench.rx)
+
     def test_large_and_small_tickets_in_turn(self, bench: Bench) -> None:
         """Small ones do not get lost between large ones."""
         writes = [Write(0, 0, 0, 4 << 20) if n % 20 == 0 else Write(1, n * 100, n * 300, 77) for n in range(200)]

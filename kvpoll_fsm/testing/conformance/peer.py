@@ -6,8 +6,11 @@ the rest is a `Spec`. Ends when the socket does.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import select
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from kvpoll_fsm.testing.conformance import wire
 from kvpoll_fsm.testing.conformance.spec import Spec
 
 __all__ = ["Server", "main"]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Server:
@@ -129,8 +134,15 @@ class Server:
         return self._do_completions()
 
 
+def _die_with_parent() -> None:
+    """Also while stopped, when the end of the socket is not seen."""
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(fd: str, factory: str, options: str) -> None:
     """Serve one test."""
+    _die_with_parent()
     with socket.socket(fileno=int(fd)) as pipe:
         server = Server(pipe, Spec.parse(factory, options).make())
         if server.serve():

@@ -66,6 +66,23 @@ class Writing(Base):
         bench.done(*bench.stream(bench.link, batches, token))
         same(writes, bench.tx, bench.rx)
 
+    def test_tickets_of_many_shapes(self, bench: Bench) -> None:
+        """Few writes and many, small ones before, between and after large ones, of odd and even sizes."""
+        rng, at = random.Random(2), 0
+        tickets: list[list[Write]] = []
+        most = bench.tx.transport.capabilities.scatter_entries
+        for number in range(24):
+            sizes = [rng.choice([1, 2, 4095, 65_537]) + number % 2 for _ in range(1 + number % 4)]
+            if number % 8 == 3:
+                sizes[0] = MIB + number % 3
+            ticket = []
+            for nbytes in sizes[:most]:
+                ticket.append(Write(0, rng.randrange(MIB), at, nbytes))
+                at += nbytes + number % 3
+            tickets.append(ticket)
+        bench.done(*bench.stream(bench.link, tickets, bench.rx.grant(Range(0, 0, at + 1))))
+        same([write for ticket in tickets for write in ticket], bench.tx, bench.rx)
+
     def test_takes_as_many_bytes_as_there_may_be(self, bench: Bench) -> None:
         """`MAX_TICKET_NBYTES`, under as few tickets as entries allow."""
         most = bench.tx.transport.capabilities.scatter_entries
