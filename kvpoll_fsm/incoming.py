@@ -83,16 +83,20 @@ class Incoming:
         self._destinations: dict[RoomKey, Destination] = {}
 
     def expose(self, key: RoomKey, command: Expose) -> None:
-        """Admit writes to the blocks on every transport and feed the grant."""
+        """Admit writes to the blocks on every transport that takes them, and feed the grant."""
         lease = LeaseId(key.side, key.room, key.rank, key.generation, command.part)
         exposed = _Exposed(lease, self._ranges(command.blocks, first=command.part == 0), {})
         self._exposed[key, command.part] = exposed
-        try:
-            for name, transport in list(self._transports.items()):
+        problem = "no transport works"
+        for name, transport in list(self._transports.items()):
+            try:
                 exposed.tokens[name] = transport.grant(lease, exposed.ranges)
-        except Exception as error:  # a transport's own code may raise anything
+            except Exception as error:  # a transport's own code may raise anything: the part may come by another
+                problem = str(error) if isinstance(error, KvpollError) else repr(error)
+                log.warning("transport %s grants nothing: %s", name, problem)
+        if not exposed.tokens:
             self.release(key, command.part)
-            detail = f"grant: {error if isinstance(error, KvpollError) else repr(error)}"
+            detail = f"grant: {problem}"
             failure = Failure.of(FailureCode.InternalError, detail, state=KVPoll.Bootstrapping, rank=key.rank)
             self._feed(key, GrantRefused(command.part, failure))
             return

@@ -113,15 +113,23 @@ def test_later_parts_carry_no_per_room_value(bench: Bench) -> None:
 
 @pytest.mark.parametrize("error", [InvalidInput("no such region"), RuntimeError("native crash")])
 def test_a_grant_that_fails_is_refused_and_leaves_no_token(bench: Bench, error: Exception) -> None:
-    bench.transports[1].refusal = error
+    for transport in bench.transports:
+        transport.refusal = error
     bench.expose()
     assert isinstance(bench.last, GrantRefused)
     assert bench.last.failure is not None
     assert bench.last.failure.code is FailureCode.InternalError
     assert str(error) in bench.last.failure.detail
     assert bench.last.failure.rank == 2
-    assert bench.transports[0].revoked == [b"a1"]
     assert bench.incoming._exposed == {}
+
+
+def test_a_transport_that_grants_nothing_is_left_out_of_the_grant(bench: Bench) -> None:
+    bench.transports[0].refusal = RuntimeError("native crash")
+    bench.expose()
+    assert bench.last == Granted(0, (4, 1), 8, (("b", b"b1"),))
+    bench.incoming.fence(KEY, Fence(0, force=True))
+    assert [each.fenced for each in bench.transports] == [[], [b"b1"]]
 
 
 def test_the_end_of_a_lease_is_the_end_of_its_tokens(bench: Bench) -> None:

@@ -30,7 +30,8 @@ class Crowds(Base):
             bench.rx.transport.revoke(token)
         chosen = range(0, 1000, 50)
         writes = [Write(0, n, n * 1000, 1000) for n in chosen]
-        bench.done(*(bench.link.submit([write], tokens[n]) for n, write in zip(chosen, writes, strict=True)))
+        for n, write in zip(chosen, writes, strict=True):
+            bench.done(bench.link.submit([write], tokens[n]))
         same(writes, bench.tx, bench.rx)
 
     def test_large_and_small_tickets_in_turn(self, bench: Bench) -> None:
@@ -42,13 +43,9 @@ class Crowds(Base):
     def test_tickets_of_several_links_have_different_numbers(self, bench: Bench) -> None:
         """A ticket's number is unique in its transport."""
         links = [bench.link, *(bench.tx.connect(bench.rx) for _ in range(3))]
-        tokens = [bench.rx.grant() for _ in links]
-        tickets = [
-            link.submit([Write(0, n, n, 1)], token)
-            for n in range(20)
-            for link, token in zip(links, tokens, strict=True)
-        ]
-        assert len(set(tickets)) == 80
+        both = [(link, bench.rx.grant()) for link in links]
+        tickets = [link.submit([Write(0, n, n, 1)], token) for n in self.few(20) for link, token in both]
+        assert len(set(tickets)) == len(self.few(20)) * len(links)
         bench.done(*tickets)
         for link in links[1:]:
             link.close()
