@@ -94,7 +94,12 @@ own: dict[type[msgspec.Struct], dict[str, st.SearchStrategy[Any]]] = {
         "quiescent": st.booleans(),
     },
     messages.FencePart: {"part": parts, "transport": names, "attempt": counts},
-    messages.PartFenced: {"part": parts, "transport": names, "attempt": counts, "token": st.none() | st.binary(max_size=20)},
+    messages.PartFenced: {
+        "part": parts,
+        "transport": names,
+        "attempt": counts,
+        "token": st.none() | st.binary(max_size=20),
+    },
     messages.Withdraw: {"part": parts},
     messages.Withdrawn: {"part": parts, "ok": st.booleans()},
     messages.Abort: {"failure": failures, "quiescent": st.booleans()},

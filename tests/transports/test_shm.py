@@ -66,7 +66,7 @@ def pair() -> Iterator[Pair]:
 def cut_all(side: Side) -> None:
     """End all connections of a receiver, as it would itself."""
     listener = side.transport._listener  # type: ignore[attr-defined]
-    side.transport._loop.post(lambda: [visitor.close() for visitor in list(listener._known)])
+    side.transport._loop.post(lambda: [visitor.close() for visitor in list(listener.door.known)])
 
 
 # Where it works and where not

@@ -234,7 +234,7 @@ def test_a_writer_that_goes_before_the_end_of_the_handshake_is_forgotten(rx: Sid
     caller = raw.Caller(rx.transport)
     caller.prove()
     caller.close()
-    until(lambda: not rx.transport._listener._known, "its end")  # type: ignore[attr-defined]
+    until(lambda: not rx.transport._listener.door.known, "its end")  # type: ignore[attr-defined]
 
 
 def test_nothing_is_left_in_the_file_system(tx: Side, receiver: Receiver) -> None:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from kvpoll_common.door import Refused
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_mooncake import wire
 from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
 from kvpoll_mooncake.settings import MooncakeSettings
-from kvpoll_mooncake.stream import Refused, Stream
+from kvpoll_mooncake.stream import Stream
 from kvpoll_mooncake.wire import Hello, Message, Ping, Proof
 
 __all__ = ["Caller", "Hearer"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import select
 import socket
 from collections.abc import Callable
+from typing import Any
 
+from kvpoll_common.door import UNFINISHED, Door, Refused, note_stranger
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.refusals import Refusals
@@ -15,15 +14,10 @@ from kvpoll_mooncake import wire
 from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
 from kvpoll_mooncake.keeper import Keeper, Visit
 from kvpoll_mooncake.settings import MooncakeSettings
-from kvpoll_mooncake.stream import Refused, Stream
+from kvpoll_mooncake.stream import Stream
 from kvpoll_mooncake.wire import Ask, Doubt, Hello, Message, Over, Ping, Pong, Proof
 
 __all__ = ["Reception"]
-
-_log = logging.getLogger("kvpoll_mooncake")
-
-_PAUSE_S = 0.1
-UNFINISHED = "left, or took too long, before the handshake was over"
 
 
 class Reception:
@@ -31,7 +25,7 @@ class Reception:
 
     Attributes:
         keeper: Has the engine; set before `start`.
-        refusals: Whom and what was turned away.
+        door: Whom we let in.
     """
 
     def __init__(self, identity: Descriptor, settings: MooncakeSettings, reactor: Reactor, refusals: Refusals) -> None:
@@ -39,75 +33,32 @@ class Reception:
         self.identity = identity
         self.settings = settings
         self.reactor = reactor
-        self.refusals = refusals
         self.keeper: Keeper | None = None
-        self._listening: socket.socket | None = None
-        self._strangers: dict[Visitor, None] = {}  # in order of arrival
-        self._known: set[Visitor] = set()
+        most = {"max_strangers": settings.max_strangers, "max_known": settings.max_connections}
+        self.door: Door[Visitor] = Door(reactor, refusals, self._welcome, **most)
 
     def start(self, listening: socket.socket) -> None:
         """Begin to accept; the socket is ours from here on."""
-        listening.setblocking(False)
-        self._listening = listening
-        self.reactor.watch(listening.fileno(), select.EPOLLIN, self)
+        self.door.open(listening)
 
     def stop(self) -> None:
         """End the socket and all connections."""
-        listening, self._listening = self._listening, None
-        if listening is not None:
-            self.reactor.unwatch(listening.fileno())
-            listening.close()
-        for visitor in [*self._strangers, *self._known]:
-            visitor.close()
+        self.door.close()
 
     def tell_all(self, message: Message) -> None:
         """Tell all writers."""
-        for visitor in list(self._known):
+        for visitor in list(self.door.known):
             visitor.tell(message)
-
-    def ready(self, mask: int) -> None:
-        """Somebody wants to connect."""
-        if self._listening is None:
-            return
-        try:
-            sock, address = self._listening.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno == errno.ECONNABORTED:
-                return
-            # Out of file descriptors, as a rule: some will come free.
-            self.refusals.add("a connection cannot be accepted", str(error))
-            self.reactor.unwatch(self._listening.fileno())
-            self.reactor.later(_PAUSE_S, self._resume)
-            return
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self._strangers) >= self.settings.max_strangers:
-            next(iter(self._strangers)).ended(Refused("too many that have not proved themselves"))
-        self._strangers[Visitor(self, sock, str(address[0]))] = None
-
-    def admit(self, visitor: Visitor) -> None:
-        """A stranger has proved himself.
-
-        Raises:
-            Refused: There are too many already.
-        """
-        if len(self._known) >= self.settings.max_connections:
-            raise Refused("too many connections", f"{len(self._known)} are open")
-        self._strangers.pop(visitor, None)
-        self._known.add(visitor)
 
     def forget(self, visitor: Visitor) -> None:
         """A connection has ended."""
-        self._strangers.pop(visitor, None)
-        self._known.discard(visitor)
+        self.door.forget(visitor)
         if self.keeper is not None:
             self.keeper.forget(visitor)
 
-    def _resume(self) -> None:
-        if self._listening is not None:
-            self.reactor.watch(self._listening.fileno(), select.EPOLLIN, self)
+    def _welcome(self, sock: socket.socket, address: Any) -> Visitor:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Visitor(self, sock, str(address[0]))
 
 
 class Visitor:
@@ -142,14 +93,14 @@ class Visitor:
     def ended(self, error: Exception) -> None:
         """The connection is gone, or is to end."""
         if self._expect != self._on_message:
-            reason = error.reason if isinstance(error, Refused) else UNFINISHED
-            if isinstance(error, MalformedMessage):
-                reason = "does not speak our protocol"
-            level = logging.INFO if reason == UNFINISHED else logging.WARNING
-            self._reception.refusals.add(reason, f"{self._address}: {error}", level)
+            note_stranger(self._reception.door.refusals, error, self._address)
         elif isinstance(error, (MalformedMessage, Refused)):
-            self._reception.refusals.add("broke the rules of the protocol", f"{self._address}: {error}")
+            self._reception.door.refusals.add("broke the rules of the protocol", f"{self._address}: {error}")
         self.close()
+
+    def turn_away(self, error: Exception) -> None:
+        """End the connection of one who is not to be dealt with."""
+        self.ended(error)
 
     def close(self) -> None:
         """End the connection. What the writer has under way may land all the same."""
@@ -195,7 +146,7 @@ class Visitor:
             raise MalformedMessage("shows no proof")
         if not is_proof(message, secret, SENDER, theirs, self._ours):
             raise Refused("does not know our secret")
-        self._reception.admit(self)
+        self._reception.door.admit(self)
         self.writer = theirs.writer
         self._expect = self._on_message
         self.tell(prove(secret, RECEIVER, theirs, self._ours))

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvpoll_common.door import Refused
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_mooncake.framing import LENGTH, pack
 
-__all__ = ["ENDED", "Owner", "Refused", "Stream"]
+__all__ = ["ENDED", "Owner", "Stream"]
 
 _log = logging.getLogger("kvpoll_mooncake")
 
@@ -26,14 +27,6 @@ _TURNS = 16
 """Reads before others have their turn."""
 _BACKLOG_NBYTES = 64 << 20
 """More than this is not kept for one who does not read."""
-
-
-class Refused(Exception):
-    """The other side is not to be dealt with; `reason` is one of a few phrases."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
 
 
 class Owner(Protocol):

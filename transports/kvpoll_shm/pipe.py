@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvpoll_common.door import Refused
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_shm import wire
 
-__all__ = ["ENDED", "Owner", "Pipe", "Refused"]
+__all__ = ["ENDED", "Owner", "Pipe"]
 
 _log = logging.getLogger("kvpoll_shm")
 
@@ -25,14 +26,6 @@ _ANCILLARY_NBYTES = socket.CMSG_SPACE(wire.MAX_REGIONS * array("i").itemsize)
 _TURNS = 64
 """Packets read before others have their turn."""
 _FLAGS = socket.MSG_CMSG_CLOEXEC
-
-
-class Refused(Exception):
-    """The other side is not to be dealt with; `reason` is one of a few phrases."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
 
 
 class Owner(Protocol):

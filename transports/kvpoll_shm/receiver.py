@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import select
 import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from kvpoll_common.door import UNFINISHED, Door, Refused, note_stranger
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
-from kvpoll_fsm.refusals import Refusals
 from kvpoll_shm import hosts, wire
 from kvpoll_shm.copying import SLICE_NBYTES, Copying, Landing
 from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
-from kvpoll_shm.pipe import Pipe, Refused
+from kvpoll_shm.pipe import Pipe
 from kvpoll_shm.settings import ShmSettings
 from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Orders, Proof, Ready, Regions, Verdict
 
@@ -25,15 +24,12 @@ __all__ = ["Listener"]
 
 _log = logging.getLogger("kvpoll_shm")
 
-_PAUSE_S = 0.1
-UNFINISHED = "left, or took too long, before the handshake was over"
-
 
 class Listener:
     """The socket that senders connect to, and all who did. Used by the reactor's thread alone.
 
     Attributes:
-        refusals: Whom and what was turned away.
+        door: Whom we let in.
     """
 
     def __init__(self, identity: Descriptor, landing: Landing, settings: ShmSettings, reactor: Reactor) -> None:
@@ -41,75 +37,28 @@ class Listener:
         self.landing = landing
         self.settings = settings
         self.reactor = reactor
-        self.refusals: Refusals = landing.grants.refusals
-        self._listening: socket.socket | None = None
-        self._strangers: dict[Visitor, None] = {}  # in order of arrival
-        self._known: set[Visitor] = set()
+        most = {"max_strangers": settings.max_strangers, "max_known": settings.max_connections}
+        self.door: Door[Visitor] = Door(reactor, landing.grants.refusals, self._welcome, **most)
 
     def start(self, listening: socket.socket) -> None:
         """Begin to accept; the socket is ours from here on."""
-        self._listening = listening
-        self.reactor.watch(listening.fileno(), select.EPOLLIN, self)
+        self.door.open(listening)
 
     def stop(self) -> None:
         """End the socket and all connections: nothing is read or written any more."""
-        listening, self._listening = self._listening, None
-        if listening is not None:
-            self.reactor.unwatch(listening.fileno())
-            listening.close()
-        for visitor in [*self._strangers, *self._known]:
-            visitor.close()
+        self.door.close()
 
-    def ready(self, mask: int) -> None:
-        """Somebody wants to connect."""
-        if self._listening is None:
-            return
-        try:
-            sock, _ = self._listening.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno == errno.ECONNABORTED:
-                return
-            # Out of file descriptors, as a rule: some will come free.
-            self.refusals.add("a connection cannot be accepted", str(error))
-            self.reactor.unwatch(self._listening.fileno())
-            self.reactor.later(_PAUSE_S, self._resume)
-            return
-        sock.setblocking(False)
-        self._take(sock)
-
-    def admit(self, visitor: Visitor) -> None:
-        """A stranger has proved himself.
-
-        Raises:
-            Refused: There are too many already.
-        """
-        if len(self._known) >= self.settings.max_connections:
-            raise Refused("too many connections", f"{len(self._known)} are open")
-        self._strangers.pop(visitor, None)
-        self._known.add(visitor)
-
-    def forget(self, visitor: Visitor) -> None:
-        """A connection has ended."""
-        self._strangers.pop(visitor, None)
-        self._known.discard(visitor)
-
-    def _resume(self) -> None:
-        if self._listening is not None:
-            self.reactor.watch(self._listening.fileno(), select.EPOLLIN, self)
-
-    def _take(self, sock: socket.socket) -> None:
+    def _welcome(self, sock: socket.socket, address: Any) -> Visitor | None:
         try:
             uid = hosts.peer_uid(sock)
         except OSError:
-            return sock.close()
+            sock.close()
+            return None
         if uid != os.geteuid() and not self.settings.any_uid:
-            self.refusals.add("another user", f"uid={uid}")
-            return sock.close()
-        if len(self._strangers) >= self.settings.max_strangers:
-            next(iter(self._strangers)).turn_away(Refused("too many that have not proved themselves"))
-        self._strangers[Visitor(self, sock)] = None
+            self.door.refusals.add("another user", f"uid={uid}")
+            sock.close()
+            return None
+        return Visitor(self, sock)
 
 
 class Visitor:
@@ -140,11 +89,7 @@ class Visitor:
     def ended(self, error: Exception, by_peer: bool) -> None:
         """The connection is gone."""
         if self._expect != self._on_order:
-            reason = error.reason if isinstance(error, Refused) else UNFINISHED
-            if isinstance(error, MalformedMessage):
-                reason = "does not speak our protocol"
-            level = logging.INFO if reason == UNFINISHED else logging.WARNING
-            self._listener.refusals.add(reason, str(error), level)
+            note_stranger(self._listener.door.refusals, error)
         else:
             _log.info("a connection ended: %s", error)
         self.close()
@@ -163,7 +108,7 @@ class Visitor:
         for mapping in mappings.values():
             mapping.close()
         self._pipe.close()
-        self._listener.forget(self)
+        self._listener.door.forget(self)
 
     # The handshake
 
@@ -184,7 +129,7 @@ class Visitor:
             raise MalformedMessage("shows no proof")
         if not is_proof(message, secret, SENDER, theirs, self._ours):
             raise Refused("does not know our secret")
-        self._listener.admit(self)
+        self._listener.door.admit(self)
         self._expect = self._on_regions
         self._pipe.send(wire.encode(prove(secret, RECEIVER, theirs, self._ours)))
 

@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvpoll_common.door import Refused
 from kvpoll_common.loop import Reactor
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Quiesced, Region
 from kvpoll_shm import hosts, wire
 from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
-from kvpoll_shm.pipe import Pipe, Refused
+from kvpoll_shm.pipe import Pipe
 from kvpoll_shm.settings import ShmSettings
 from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Place, Proof, Ready, Regions, Verdict
 
