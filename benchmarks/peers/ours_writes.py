@@ -15,8 +15,8 @@ from benchmarks.cases import Case
 from benchmarks.peers.base import Peer, Side, Told
 from kvpoll_fsm import registry
 from kvpoll_fsm.layout import Extent
-from kvpoll_fsm.writings import batches
 from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Completion, Done, Failed, LeaseId, Link, LinkDown, LinkUp, Range, Region
+from kvpoll_fsm.writings import batches
 
 __all__ = ["PEERS", "names"]
 
