@@ -152,6 +152,16 @@ class Breakers:
             if breaker.blamed == key:
                 self._close(place, breaker)
 
+    def closing(self, session: Session) -> None:
+        """A room ends: what it gave up, and what has not ended by now, counts against its transport."""
+        if not isinstance(session, SenderSession) or session.failure is None or session.failure.code not in _OWN_FAULT:
+            return
+        for rank, slot in session.slots.items():
+            if slot.hurried and slot.writing:
+                attempt = (session.room_key, rank, session.part, slot.attempt)
+                cause = f"writes that were cancelled did not end: {session.failure.detail}"
+                self._failed((slot.conn, slot.transports[0]), attempt, cause, counts=True)
+
     def _reached(self, place: Place, caller: tuple[RoomKey, int], event: Preflighted) -> None:
         breaker = self._by_place.get(place)
         if breaker is not None and breaker.caller == caller:

@@ -340,9 +340,12 @@ class EndpointCore:
             session = self.sessions.get(key)
             if session is None:
                 continue
+            was_over = session.state.is_terminal
             for command in session.feed_safely(event):
                 self._carry_out(key, session, command)
             self._out.changed(key)
+            if session.state.is_terminal and not was_over:
+                self.breakers.closing(session)
             if self.breakers and session.state.is_terminal:
                 self.breakers.ended(key, session)
             if session.news:

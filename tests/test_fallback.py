@@ -9,11 +9,24 @@ from typing import Any
 
 import pytest
 
-from kvpoll_fsm import KVPoll
+from kvpoll_fsm import FailureCode, KVPoll
 from kvpoll_fsm.sender_attempts import MAX_COLLATERALS
 from kvpoll_fsm.staging import stage
 from kvpoll_memory import Faults
-from tests.helpers import SOON_S, adopted, deadlines, make_data, on_driver, open_pair, pair, same, transfer, until
+from kvpoll_memory.transport import MemoryLink
+from tests.helpers import (
+    SOON_S,
+    adopted,
+    deadlines,
+    failed,
+    make_data,
+    on_driver,
+    open_pair,
+    pair,
+    same,
+    transfer,
+    until,
+)
 
 S, T = KVPoll.Success, KVPoll.Transferring
 COSTLY = {"transport_options": {"memory": {"costly_fence": True}}}
@@ -249,3 +262,21 @@ def test_a_part_that_cannot_be_staged_goes_by_no_transport(policy: str, monkeypa
         again.send(make_data(64))
         assert same(there.result(SOON_S), make_data(64))
         assert history(again) == ["0:memory"]  # nothing is held against it
+
+
+def test_a_transport_that_hangs_for_good_fails_one_room_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not even end what is cancelled, against its promise: nobody can tell whether it still writes."""
+    faults, data = Faults(), make_data(64)
+    faults.hold()
+    monkeypatch.setattr(MemoryLink, "cancel", lambda link, ticket: None)
+    hasty = deadlines(fallback_s=0.2, stall_s=0.5, breaker_s=300.0, breaker_max_s=300.0)
+    with pair("prefer:memory,tcp", faults=faults, deadlines=hasty) as (tx, rx):
+        sender, _ = open_pair(tx, rx, 1)
+        sender.send(data)
+        assert failed(sender).code is FailureCode.DeadlinePassed
+        second, receiver = open_pair(tx, rx, 2)
+        second.send(data)
+        assert same(receiver.result(SOON_S), data)
+        assert history(second) == ["0:tcp"]
+        faults.release()
+        assert sender.wait_quiescent(SOON_S)
