@@ -9,7 +9,7 @@ from kvpoll_fsm.carriers import Carriers
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.core import Changed, Do, Effect, EndpointCore, Transmit
 from kvpoll_fsm.display import Display
-from kvpoll_fsm.effects import BreakerMoved
+from kvpoll_fsm.effects import BreakerMoved, Hangup
 from kvpoll_fsm.incoming import Incoming
 from kvpoll_fsm.metering import Meter
 from kvpoll_fsm.outgoing import Outgoing
@@ -63,9 +63,26 @@ class Performer:
     def carry_out(self) -> None:
         """Carry out effects until there are none left."""
         while effects := self._core.drain() or self._flushed():
-            for effect in effects:
-                self._effect(effect)
+            self._perform(effects)
         self._carriers.flush()
+
+    def _perform(self, effects: list[Effect]) -> None:
+        """What peers are told goes out last, whenever it was put on the way: our own host sees it before theirs do."""
+        said: list[Transmit] = []
+        for effect in effects:
+            if isinstance(effect, Transmit):
+                said.append(effect)
+                continue
+            if isinstance(effect, Hangup):
+                self._say(said)
+            self._effect(effect)
+        self._say(said)
+
+    def _say(self, said: list[Transmit]) -> None:
+        for each in said:
+            self._recorder.frame("out", each.packet)
+            self._control.send(each.conn, each.packet)
+        said.clear()
 
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle."""
@@ -93,9 +110,6 @@ class Performer:
             self.show(effect.key)
             if effect.key not in self._core.sessions:
                 self._over(effect.key)
-        elif isinstance(effect, Transmit):
-            self._recorder.frame("out", effect.packet)
-            self._control.send(effect.conn, effect.packet)
         elif isinstance(effect, BreakerMoved):
             self._tell(effect)
         else:

@@ -488,7 +488,7 @@ SHORT = (Forgetful, Unfenced, Spawning, Ringing, Mute, Surviving)
 def _suite(made: type[MemoryTransport | TcpTransport]) -> type[TransportSuite]:
     settings: dict[str, Any] = {"make": lambda self: made()}
     if made in SHORT:
-        settings["within_s"] = 0.5
+        settings["within_s"] = 2.0
     if made is Hanging:
         settings["test_s"] = 2.0
     return type(f"Test{made.__name__}", (TransportSuite,), settings)
