@@ -90,9 +90,16 @@ def kill_in_the_middle(tx: Endpoint, rx: Endpoint, victim: int, room: int) -> Se
     return sender
 
 
-@pytest.mark.parametrize("isolation", ["thread", "process"])
-@pytest.mark.parametrize("victim", ["sends", "receives"])
-def test_pain_10_an_engine_is_killed_in_the_middle_of_a_part(isolation: str, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "isolation"),
+    [
+        ("sends", "process"),
+        ("receives", "thread"),
+        pytest.param("sends", "thread", marks=pytest.mark.slow),
+        pytest.param("receives", "process", marks=pytest.mark.slow),
+    ],
+)
+def test_pain_10_an_engine_is_killed_in_the_middle_of_a_part(victim: str, isolation: str) -> None:
     with endpoint(isolation) as (tx, of_tx), endpoint(isolation) as (rx, receives):
         assert carrier(transfer(tx, rx, 1)) == "mooncake"
         sends = engines() - of_tx - receives
