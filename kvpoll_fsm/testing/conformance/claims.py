@@ -21,7 +21,7 @@ from kvpoll_fsm.spi import (
 )
 from kvpoll_fsm.testing.conformance.base import Base, Bench
 from kvpoll_fsm.testing.conformance.fencing import first_byte
-from kvpoll_fsm.testing.conformance.sides import HUGE, SIZES, Pair, same
+from kvpoll_fsm.testing.conformance.sides import HUGE, MIB, SIZES, Pair, same
 from kvpoll_fsm.testing.conformance.spec import Spec
 
 __all__ = ["Claims"]
@@ -112,8 +112,8 @@ class Claims(Base):
         if bench.tx.transport.fileno() is None:
             pytest.skip("it has no file descriptor, and is asked at an interval")
         token = bench.rx.grant()
-        for _ in range(100):
-            ticket = bench.link.submit([Write(0, 0, 0, 10)], token)
+        for nbytes in [10] * 60 + [4 * MIB] * 10:  # the large ones are not over before anybody has looked
+            ticket = bench.link.submit([Write(0, 0, 0, nbytes)], token)
             bench.pump()
             while ticket not in bench.tx.ends:
                 assert self._is_readable(bench), f"no file descriptor was readable within {self.within_s:g} s"
