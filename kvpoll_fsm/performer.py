@@ -62,21 +62,30 @@ class Performer:
 
     def carry_out(self) -> None:
         """Carry out effects until there are none left."""
-        while effects := self._core.drain() or self._flushed():
-            self._perform(effects)
+        self._perform()
+        self._core.flush()
+        while self._perform():
+            self._core.flush()
         self._carriers.flush()
 
-    def _perform(self, effects: list[Effect]) -> None:
-        """What peers are told goes out last, whenever it was put on the way: our own host sees it before theirs do."""
+    def _perform(self) -> bool:
+        """Carry out what there is now, if anything.
+
+        What peers are told goes out last, whenever it was put on its way: our own host sees it before theirs do.
+        """
         said: list[Transmit] = []
-        for effect in effects:
-            if isinstance(effect, Transmit):
-                said.append(effect)
-                continue
-            if isinstance(effect, Hangup):
-                self._say(said)
-            self._effect(effect)
+        some = False
+        while effects := self._core.drain():
+            some = True
+            for effect in effects:
+                if isinstance(effect, Transmit):
+                    said.append(effect)
+                    continue
+                if isinstance(effect, Hangup):
+                    self._say(said)
+                self._effect(effect)
         self._say(said)
+        return some
 
     def _say(self, said: list[Transmit]) -> None:
         for each in said:
@@ -96,11 +105,6 @@ class Performer:
         session = self._core.sessions.get(key)
         if session is not None:
             self._show(key, session)
-
-    def _flushed(self) -> list[Effect]:
-        """What is said to peers: last, so that the host sees what they are told before its peers' hosts do."""
-        self._core.flush()
-        return self._core.drain()
 
     def _effect(self, effect: Effect) -> None:
         if isinstance(effect, Do):
