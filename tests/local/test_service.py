@@ -170,7 +170,8 @@ def test_open_rooms_are_counted(end: Endpoint) -> None:
         sender.clear()
         receiver.clear()
         until(lambda: ask(socket_of(end), Report())["live"] == 0)
-        assert ask(socket_of(end), Report())["sent"]["none"]["failures"] == {"Aborted": 1}
+        sent = ask(socket_of(end), Report())["sent"]  # under shm or "none": had it come that far?
+        assert [each["failures"] for each in sent.values() if each["failures"]] == [{"Aborted": 1}]
 
 
 @pytest.mark.parametrize("breaker", ["open", "half-open"])
