@@ -13,7 +13,9 @@ from tests.faults.relay import Relay, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it can be made")
 PORT = 5000
-LIMIT_S = 10.0
+LIMIT_S = 20.0
+AT_ONCE = 50
+"""Packets that the device's own queue may hold (it drops what is over 500)."""
 
 
 @pytest.fixture
@@ -39,6 +41,8 @@ def numbers_through(relay: Relay, count: int, a: int = 0, b: int = 1) -> list[in
         before = relay.counts(a, b)[0]
         for number in range(count):
             here.sendto(b"%d" % number, there.getsockname())
+            if number % AT_ONCE == 0:
+                wait(lambda sent=before + number + 1: relay.counts(a, b)[0] == sent)
         wait(lambda: relay.counts(a, b)[0] == before + count)
         wait(lambda: relay.under_way(a, b) == 0)
         relay.heal()

@@ -12,10 +12,11 @@ from tests.fences.test_slow_receiver import CALM, ONE_GRANT, SLOW, TOKENS, mid_p
 def test_blocks_that_are_free_before_the_fence(cluster: Cluster, how: str) -> None:
     """The reader is still at it when the blocks are the next room's."""
     tx, rx = mid_part(cluster, CALM, CALM)
-    rx("brake", nbytes=SLOW["nbytes"], pause_s=1.0)  # time for the next room to get them before it goes on
+    assert rx("hold")
     rx("sabotage", how=how)
     rx("abort", side="receiver", room=1)
     assert rx("until_moved", room=2, what="take")
+    rx("let_go")
     assert rx("until_touched", room=2)
     tx.until("sender", 1, ended=True)  # without a fence nobody tells it that nothing lands any more
 

@@ -31,10 +31,20 @@ _receive = Reader._receive
 
 
 class Brake:
-    """Lets the threads that read data connections get no more than so many bytes at a time, with a pause before."""
+    """Lets the threads that read data connections get no more than so many bytes at a time, with a pause before.
+
+    Attributes:
+        goes: Not set: they stand still before they get any more.
+        standing: How many do.
+    """
 
     nbytes = 0
     pause_s = 0.0
+    goes = threading.Event()
+    standing = 0
+
+
+Brake.goes.set()
 
 
 def _braked(self: Reader, views: list[memoryview]) -> int:
@@ -42,6 +52,10 @@ def _braked(self: Reader, views: list[memoryview]) -> int:
     if not nbytes:
         return _receive(self, views)
     time.sleep(pause_s)
+    if not Brake.goes.is_set():
+        Brake.standing += 1
+        Brake.goes.wait()
+        Brake.standing -= 1
     return _receive(self, [views[0][:nbytes]])
 
 
@@ -91,6 +105,15 @@ class FenceHost(Host):
     def brake(self, nbytes: int = 0, pause_s: float = 0.0) -> None:
         """Read slowly from now on, or no longer."""
         Brake.nbytes, Brake.pause_s = nbytes, pause_s
+
+    def hold(self, timeout: float = 10.0) -> bool:
+        """Let a reader stand still that knows where its next bytes go, and wait until one does; `let_go` ends it."""
+        Brake.goes.clear()
+        return _await(lambda: Brake.standing > 0, timeout)
+
+    def let_go(self) -> None:
+        """Let it go on with what it was about to do."""
+        Brake.goes.set()
 
     def sabotage(self, how: str) -> None:
         """Break what keeps blocks safe, to show that the tests would notice."""
