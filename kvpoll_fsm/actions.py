@@ -67,12 +67,15 @@ class Actions:
     def do(self, key: RoomKey | None, command: commands.Command) -> None:
         """Carry out one command; `key` is None for a timer of the endpoint itself."""
         if isinstance(command, commands.SetTimer):
-            self._timers.set((key, command.name), command.after_s, command.epoch)
+            self._timers.set(command.name, command.after_s, command.epoch, key)
         elif isinstance(command, commands.CancelTimer):
-            self._timers.cancel((key, command.name))
+            self._timers.cancel(command.name, key)
         elif key is not None:
             way = self._ways[type(command)]
-            self.guarded(key, lambda: way(key, command))
+            try:
+                way(key, command)
+            except Exception as error:
+                self._crashed(key, error)
 
     def completed(self, name: str, completion: Completion) -> None:
         """Transport `name` tells something."""
@@ -91,7 +94,7 @@ class Actions:
         all_of = self._core.breakers
         for conn in self._core.sessions[key].conns if key.side == "sender" else ():
             for transport, breaker in all_of.of(conn).items():
-                left_s = self._timers.left_s((None, all_of.timer_of(conn, transport))) or 0.0
+                left_s = self._timers.left_s(all_of.timer_of(conn, transport)) or 0.0
                 state = "half-open" if breaker.half_open else "open"
                 told = {"state": state, "cause": breaker.cause, "left_s": round(left_s, 3)}
                 found.append({"transport": transport, **told})
@@ -112,9 +115,13 @@ class Actions:
         """Act for one room; an exception fails this room and nothing else."""
         try:
             action()
-        except Exception as error:  # whatever a transport or an array throws must stay in its room
-            log.exception("room failed room=%d side=%s", key.room, key.side)
-            self._feed(key, Crashed(f"{type(error).__name__}: {error}"))
+        except Exception as error:
+            self._crashed(key, error)
+
+    def _crashed(self, key: RoomKey, error: Exception) -> None:
+        """Whatever a transport or an array throws must stay in its room."""
+        log.exception("room failed room=%d side=%s", key.room, key.side)
+        self._feed(key, Crashed(f"{type(error).__name__}: {error}"))
 
     def _preflight(self, key: RoomKey, command: commands.Preflight) -> None:
         def answer(ok: bool, why: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from kvpoll_fsm.errors import AddressError
 
-__all__ = ["Address"]
+__all__ = ["Address", "hide_passwords"]
+
+_LOGIN = re.compile(r"(?<=://)\S*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +131,8 @@ def _read_key(text: str, query: str) -> bytes:
     if len(key) != 40 or len(digits) != 80:  # fromhex skips blanks
         raise AddressError(text, "after '?' comes curve= and the endpoint's public key, 80 hex digits")
     return key
+
+
+def hide_passwords(text: str) -> str:
+    """A text whose URLs do not show who logs in there, and with which password."""
+    return _LOGIN.sub("(hidden)@", text)

@@ -25,9 +25,14 @@ class BlockPool:
 
     The memory of a pool that allocates is page-aligned, and is shared memory (`Segment`): a transport may hand it to
     another process of this host, and a forked child shares it.
+
+    Attributes:
+        layout: What the blocks hold.
+        blocks: How many blocks there are; their ids are 0 to `blocks - 1`.
+        managed: The endpoint chooses blocks; otherwise the engine names them (`adopt`).
     """
 
-    __slots__ = ("_blocks", "_claim", "_layout", "_managed", "_regions", "_segments")
+    __slots__ = ("_claim", "_regions", "_segments", "blocks", "layout", "managed")
 
     def __init__(self, layout: Layout, blocks: int) -> None:
         """Allocate a pool whose blocks the endpoint gives out by itself.
@@ -73,10 +78,10 @@ class BlockPool:
         Raises:
             InvalidInput: There is no memory for it, or the engine owns this pool's.
         """
-        if not self._managed:
+        if not self.managed:
             raise InvalidInput("the memory of this pool is the engine's own")
         old = self._segments
-        self._segments = tuple(_allocate(field, self._layout, self._blocks) for field in self._layout.fields)
+        self._segments = tuple(_allocate(field, self.layout, self.blocks) for field in self.layout.fields)
         self._regions = tuple(Region(n, each.buffer, each.fd) for n, each in enumerate(self._segments))
         for segment in old:
             segment.close()
@@ -113,30 +118,15 @@ class BlockPool:
         return pool
 
     def _set(self, layout: Layout, blocks: int, managed: bool) -> None:
-        self._layout = layout
-        self._blocks = blocks
-        self._managed = managed
+        self.layout = layout
+        self.blocks = blocks
+        self.managed = managed
         self._claim = threading.Lock()
-
-    @property
-    def layout(self) -> Layout:
-        """What the blocks hold."""
-        return self._layout
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks there are; their ids are 0 to `blocks - 1`."""
-        return self._blocks
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens that all blocks together hold."""
-        return self._blocks * self._layout.block_tokens
-
-    @property
-    def managed(self) -> bool:
-        """The endpoint chooses blocks; otherwise the engine names them (`adopt`)."""
-        return self._managed
+        return self.blocks * self.layout.block_tokens
 
     @property
     def shareable(self) -> bool:
@@ -169,11 +159,11 @@ class BlockPool:
             LayoutError: The layout has no such field.
             InvalidInput: The pool has been closed.
         """
-        for region, field in zip(self.regions(), self._layout.fields, strict=True):
+        for region, field in zip(self.regions(), self.layout.fields, strict=True):
             if field.name == field_name:
-                lead = (self._blocks,) if field.per_room else (self._blocks, self._layout.block_tokens)
+                lead = (self.blocks,) if field.per_room else (self.blocks, self.layout.block_tokens)
                 return wrap(field, region.buffer, lead, kind)
-        names = ", ".join(field.name for field in self._layout.fields)
+        names = ", ".join(field.name for field in self.layout.fields)
         raise LayoutError(field_name, f"not in the layout, which has: {names}")
 
     def claim(self) -> None:

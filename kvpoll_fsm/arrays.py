@@ -147,7 +147,7 @@ def _aligned(nbytes: int) -> npt.NDArray[np.uint8]:
         raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
     except (MemoryError, ValueError, OverflowError):
         raise InvalidInput(f"no memory for an array of {nbytes} bytes") from None
-    start = -raw.ctypes.data % _ALIGNMENT
+    start = -raw.__array_interface__["data"][0] % _ALIGNMENT
     return raw[start : start + nbytes]
 
 
@@ -191,14 +191,17 @@ def _require_fit(field: Field, array: Array, lead: tuple[int | str, ...]) -> Non
 
     A size of `lead` that is a word may be any number.
     """
-    if not isinstance(array, np.ndarray) and not _is_tensor(array):
+    shape = (*lead, *field.shape_per_token)
+    if isinstance(array, np.ndarray):
+        misfit = _numpy_misfit(field, array)
+    elif _is_tensor(array):
+        misfit = _tensor_misfit(field, array)
+    else:
         given = _kind_of(array)
         raise LayoutError(field.name, f"a {given} where a numpy array or torch tensor is wanted: convert it")
-    shape = (*lead, *field.shape_per_token)
-    wanted = f"{field.dtype}[{', '.join(map(str, shape))}]"
-    misfit = _tensor_misfit(field, array) if _is_tensor(array) else _numpy_misfit(field, array)
     problem = misfit or _shape_misfit(array.shape, shape)
     if problem:
+        wanted = f"{field.dtype}[{', '.join(map(str, shape))}]"
         raise LayoutError(field.name, f"given {_describe(array)}, wanted {wanted}: {problem}")
 
 
@@ -212,8 +215,8 @@ def _tensor_misfit(field: Field, tensor: Any) -> str:
 
 
 def _numpy_misfit(field: Field, array: npt.NDArray[Any]) -> str:
-    raw = _RAW.get(field.dtype)
-    if array.dtype.name in (field.dtype, raw) and array.dtype.isnative:
+    raw, dtype = _RAW.get(field.dtype), array.dtype
+    if dtype.isnative and dtype.name in (field.dtype, raw):
         return ""
     if raw:
         return f"numpy has no {field.dtype}; pass its bits as a numpy.{raw} array of the same shape"
@@ -221,6 +224,8 @@ def _numpy_misfit(field: Field, array: npt.NDArray[Any]) -> str:
 
 
 def _shape_misfit(given: tuple[int, ...], wanted: tuple[int | str, ...]) -> str:
+    if given == wanted:
+        return ""
     fits = len(given) == len(wanted) and all(isinstance(w, str) or g == w for g, w in zip(given, wanted, strict=True))
     return "" if fits else "give it the wanted shape"
 

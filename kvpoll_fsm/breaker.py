@@ -19,10 +19,9 @@ from msgspec import structs
 
 from kvpoll_fsm.commands import Preflight, SetTimer, StartPart, Target
 from kvpoll_fsm.deadlines import Deadlines
-from kvpoll_fsm.effects import BreakerMoved, Do, Outbox
+from kvpoll_fsm.effects import BreakerMoved, Outbox
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.inputs import PartWritten, Preflighted, Probing, Reconsider
-from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.rooms import Rooms
 from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.session import RoomKey, Session
@@ -109,13 +108,13 @@ class Breakers:
         if refusal:
             self._out.feed(key, Preflighted(command.rank, command.conn, command.transport, False, refusal, True))
         else:
-            self._out.emit(Do(key, command))
+            self._out.do(key, command)
 
     def _start(self, key: RoomKey, command: StartPart) -> None:
         if self._by_place:
             targets = tuple(self._admitted(key, command, target) for target in command.targets)
             command = structs.replace(command, targets=targets)
-        self._out.emit(Do(key, command))
+        self._out.do(key, command)
 
     def _admitted(self, key: RoomKey, command: StartPart, target: Target) -> Target:
         breaker = self._by_place.get((target.conn, target.transport))
@@ -146,7 +145,7 @@ class Breakers:
 
     def ended(self, key: RoomKey, session: Session) -> None:
         """A room is over: one that its receiver gave up says nothing against a transport."""
-        if session.state is not KVPoll.Failed or session.failure is None or session.failure.code in _OWN_FAULT:
+        if session.failure is None or session.failure.code in _OWN_FAULT:
             return
         for place, breaker in list(self._by_place.items()):
             if breaker.blamed == key:

@@ -10,7 +10,7 @@ from kvpoll_fsm import registry
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
+from kvpoll_fsm.errors import AddressError, InvalidInput, TransportUnavailable
 from kvpoll_fsm.messages import TransportOffer
 from kvpoll_fsm.selection import Policy
 from kvpoll_fsm.spi import Completion, Gathers, Transport
@@ -105,9 +105,16 @@ class Carriers:
                 self._control.watch(fd)
                 self._watched[name] = fd
 
-    def news(self) -> Iterator[tuple[str, Completion]]:
-        """What has happened since the last call."""
+    def news(self, readable: Collection[int] | None = None) -> Iterator[tuple[str, Completion]]:
+        """What has happened since the last call.
+
+        Args:
+            readable: Of the transports with a file descriptor only those are asked whose is among these; None asks all.
+        """
         for name, transport in list(self.live.items()):
+            fd = self._watched.get(name)
+            if readable is not None and fd is not None and fd not in readable:
+                continue
             try:
                 completions = transport.completions()
             except Exception as error:  # a transport's own code may raise anything
@@ -186,7 +193,9 @@ def _make(name: str, config: Config) -> Transport:
     options = config.options_of(name)
     try:
         return registry.load(name)(**options)
-    except TypeError as error:  # a setting it does not have
+    except AddressError:
+        raise
+    except (TypeError, InvalidInput) as error:  # a setting it does not have, or not so
         raise InvalidInput(f"transport_options: {name!r}: {error}") from error
 
 

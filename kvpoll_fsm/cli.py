@@ -33,6 +33,21 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "main"]
 
+BRIEFLY = {
+    "bench": "Measure the library beside others (in a checkout).",
+    "check-trace": "Check traces of endpoints for what must not happen.",
+    "config": "Show every setting and where it comes from.",
+    "conformance": "Test what every transport must do on one.",
+    "demo": "Carry rooms between processes and compare the bytes.",
+    "explore": "Perform every interleaving of small scenes.",
+    "keygen": "Make a key pair for an endpoint.",
+    "report": "Show how an endpoint's rooms fare, by transport.",
+    "simulate": "Simulate days of rooms and faults by a seed.",
+    "switch": "Give an endpoint's new rooms another transport.",
+    "table": "Print the transitions of a room.",
+    "transports": "Show which transports work here, and why others do not.",
+}
+"""What `kvpoll --help` says of each command."""
 HINT = "kvpoll: the command line needs click and rich: pip install 'kvpoll-fsm[cli]'"
 
 
@@ -62,6 +77,8 @@ def command() -> click.Command:
     for tool in (cli_local.switch, cli_local.report, cli_config.config, cli_config.transports):
         group.add_command(tool)
     group.add_command(cli_conformance.conformance)
+    for name, each in group.commands.items():
+        each.short_help = BRIEFLY[name]
     return click.version_option(__version__, message="kvpoll %(version)s")(group)
 
 

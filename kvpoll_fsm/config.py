@@ -54,7 +54,7 @@ class Config:
     isolation: str = "auto"
     mover_nice: int = 0
     mover_cpus: tuple[int, ...] | None = None
-    transport_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    transport_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # may have secrets
     workers: int = 2
     keys: Keys | None = None
     insecure: bool = False

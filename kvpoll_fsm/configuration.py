@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpoll_fsm import registry
+from kvpoll_fsm.address import hide_passwords
 from kvpoll_fsm.config import Config
 from kvpoll_fsm.errors import ConfigError, InvalidInput
 from kvpoll_fsm.settings import GROUPS, OPTIONS, PREFIX, SETTINGS, Key, variable
@@ -80,7 +80,15 @@ def resolve(settings: Mapping[str, Any], file: str | Path | None, environ: Mappi
     given |= variables
     given |= _of_file(Path(path)) if path else {}
     given |= _of_constructor(settings)
+    given = {key: _none_if_empty(key, found) for key, found in given.items()}
     return Resolved(_checked(given), given, unknown)
+
+
+def _none_if_empty(key: Key, found: Given) -> Given:
+    """None itself is "not given" in a constructor, and cannot be said in a file or a variable."""
+    setting = SETTINGS.get(key)
+    is_empty = isinstance(found.value, (str, list, tuple)) and not found.value
+    return Given(None, found.source) if is_empty and setting is not None and setting.default is None else found
 
 
 # Where they come from
@@ -261,11 +269,12 @@ def _config(given: Mapping[Key, Given]) -> Config:
 
 
 SECRET = ("secret", "password", "passwd", "token")
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 
 
 def shown(key: Key, value: Any) -> Any:
     """A value as anybody may see it."""
     if any(word in key[-1].lower() for word in SECRET):
         return "(hidden)"
-    return _PASSWORD.sub("(hidden)@", value) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)):
+        return [shown(key, each) for each in value]
+    return hide_passwords(value) if isinstance(value, str) else value

@@ -16,12 +16,10 @@ from kvpoll_fsm.layout import Field, Layout
 from kvpoll_fsm.messages import (
     MAX_SENT_NBYTES,
     PROTOCOL,
+    BlockGrant,
     FieldSpec,
     Hello,
-    Message,
     Packet,
-    Reserve,
-    Resume,
     TransportOffer,
     Welcome,
     decode,
@@ -95,6 +93,7 @@ class Connection:
     Attributes:
         number: Names it on this endpoint.
         address: Where we connected to; None if the peer came to us.
+        outgoing: We said Hello; we are the receiving side of its rooms.
         origin: Who came to us.
         channel: The ordered stream; messages may be pushed before the peer is known.
         offers: The transports the peer can be written through, by name.
@@ -116,12 +115,14 @@ class Connection:
         "number",
         "offers",
         "origin",
+        "outgoing",
         "silent_ticks",
     )
 
     def __init__(self, number: int, channel: Channel, address: str | None, origin: Origin = UNSEEN) -> None:
         self.number = number
         self.address = address
+        self.outgoing = address is not None
         self.origin = origin
         self.channel = channel
         self.offers: dict[str, TransportOffer] = {}
@@ -132,11 +133,6 @@ class Connection:
         self._acked_then = 0
         self._waited = 0
         self._resend_wait = 1
-
-    @property
-    def outgoing(self) -> bool:
-        """We said Hello; we are the receiving side of its rooms."""
-        return self.address is not None
 
     @property
     def peer(self) -> bytes | None:
@@ -180,9 +176,8 @@ class Connection:
             return (f"the peer's layout is none here: {error}",)
         return layout.differences(theirs)
 
-    def problem_of(self, message: Message) -> str:
-        """What is wrong with a message that only knowledge of the peer's blocks shows, or nothing."""
-        grant = message.grant if isinstance(message, (Reserve, Resume)) else None
+    def problem_of(self, grant: BlockGrant | None) -> str:
+        """What is wrong with a grant that only knowledge of the peer's blocks shows, or nothing."""
         if grant is None or grant.tokens <= len(grant.blocks) * self.block_tokens:
             return ""
         blocks = f"{len(grant.blocks)} blocks of {self.block_tokens}"

@@ -34,6 +34,7 @@ SOCKETS_BESIDES = 8
 MAX_KEEPALIVE_IDLE_S = 32767
 """What Linux takes (tcp(7), TCP_KEEPIDLE)."""
 MALFORMED = "malformed packet"
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
 class Control:
@@ -156,18 +157,20 @@ class Control:
         Malformed ones are counted and logged. One in a version we do not speak comes as its error too, so
         that the peer can be told.
         """
-        if self._zap is not None:
-            self._zap.answer(_arrived)
+        if not self._ready:
+            return
         names = {dealer: conn for conn, dealer in self._dealers.items()}
-        turns, ends_s = deque(self._ready), time.monotonic() + READ_S
+        turns = deque([socket for socket in self._ready if socket is self._router or socket in names])
+        if len(turns) < len(self._ready) and self._zap is not None:
+            self._zap.answer(_arrived)
+        ends_s = time.monotonic() + READ_S
         while turns and time.monotonic() < ends_s:
             socket = turns.popleft()
-            conn = names.get(socket)
-            if socket.closed or (conn is None and socket is not self._router):
+            if socket.closed:
                 continue
             for frames in _arrived(socket, 1):
                 turns.append(socket)
-                yield from self._taken(conn, frames)
+                yield from self._taken(names.get(socket), frames)
 
     def close(self) -> None:
         """Close all sockets; packets handed over are given a moment to leave."""
@@ -255,7 +258,9 @@ class Control:
 
 def _try_send(socket: zmq.Socket[bytes], parts: list[bytes]) -> bool:
     try:
-        socket.send_multipart(parts, zmq.NOBLOCK)
+        for part in parts[:-1]:
+            socket.send(part, _MORE)
+        socket.send(parts[-1], zmq.NOBLOCK)
     except zmq.Again:
         return False
     except zmq.ZMQError as error:

@@ -8,7 +8,7 @@ code. Calls take what happened; `drain()` returns what is to be done about it, i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from kvpoll_fsm import commands, inputs, messages
@@ -34,11 +34,17 @@ __all__ = ["Changed", "CoreOptions", "Do", "Effect", "EndpointCore", "Hangup", "
 UNKNOWN_THERE = "the peer does not know this connection any more: it was restarted, or took us for lost"
 
 
+_FOR_THE_HOST = (commands.CancelPart, commands.CancelWrites, commands.Verify, commands.CopyOut)
+
+
 class EndpointCore:
     """All the state of one endpoint that decides anything.
 
     Attributes:
         options: What the endpoint is.
+        sessions: Every life of a room that is not over, by key.
+        connections: Peers by connection number.
+        accounts: Who holds which block.
         breakers: Which transports to which peers are not to be tried just now.
     """
 
@@ -52,21 +58,23 @@ class EndpointCore:
         self._router = Router(self._rooms, self._peers, options.limits, self._out)
         self._heartbeats = Heartbeats(self._rooms, self._peers, options.deadlines, self._out)
         self.breakers = Breakers(self._rooms, options.deadlines, self._out)
+        self._bind()
 
-    @property
-    def accounts(self) -> BlockAccounts:
-        """Who holds which block."""
-        return self._lessor.accounts
-
-    @property
-    def sessions(self) -> dict[RoomKey, Session]:
-        """Every life of a room that is not over, by key."""
-        return self._rooms.sessions
-
-    @property
-    def connections(self) -> dict[int, Connection]:
-        """Peers by connection number."""
-        return self._peers.connections
+    def _bind(self) -> None:
+        """Note where the parts keep what is asked for all the time, and which of them carries out which command."""
+        self.sessions: dict[RoomKey, Session] = self._rooms.sessions
+        self.connections: dict[int, Connection] = self._peers.connections
+        self.accounts: BlockAccounts = self._lessor.accounts
+        self._ways: dict[type, Callable[[RoomKey, Any], None]] = {
+            commands.Send: self._router.send,
+            commands.Grant: self._grant,
+            commands.Regrant: self._lessor.regrant,
+            commands.Release: self._lessor.release,
+            commands.Fence: self._fence,
+            **dict.fromkeys((commands.SetTimer, commands.CancelTimer), self._out.timer),
+            **dict.fromkeys((commands.Preflight, commands.StartPart), self.breakers.asked),
+            **dict.fromkeys(_FOR_THE_HOST, self._out.do),
+        }
 
     @property
     def parking(self) -> Parking:
@@ -276,8 +284,8 @@ class EndpointCore:
         for key in working:
             self._out.feed(key, inputs.Worked())
         self._run()
-        for key in working:
-            self._heartbeats.spread(key)
+        for session in [self.sessions[key] for key in working if key in self.sessions]:
+            self._heartbeats.spread(session)
         for conn, reason in self._heartbeats.tick(host_alive, working):
             self.end(conn, reason)
         after = math.ceil(self.options.limits.orphan_s / self.options.deadlines.heartbeat_s)
@@ -313,6 +321,7 @@ class EndpointCore:
         copy._router = self._router.clone(copy._rooms, copy._peers, copy._out)
         copy._heartbeats = self._heartbeats.clone(copy._rooms, copy._peers, copy._out)
         copy.breakers = self.breakers.clone(copy._rooms, copy._out)
+        copy._bind()
         return copy
 
     def key(self) -> tuple[Any, ...]:
@@ -341,38 +350,35 @@ class EndpointCore:
             if session is None:
                 continue
             was_over = session.state.is_terminal
-            for command in session.feed_safely(event):
-                self._carry_out(key, session, command)
+            try:
+                asked = session.feed(event)
+            except Exception as error:  # any bug in a session must stay in its room
+                asked = session.crash(event, error)
+            for command in asked:
+                self._ways[type(command)](key, command)
             self._out.changed(key)
-            if session.state.is_terminal and not was_over:
-                self.breakers.closing(session)
-            if self.breakers and session.state.is_terminal:
-                self.breakers.ended(key, session)
             if session.news:
                 session.news = False
-                self._heartbeats.spread(key)
-            if session.finished:
-                self._rooms.forget(key)
+                self._heartbeats.spread(session)
+            if session.state.is_terminal:
+                self._ended(key, session, was_over)
         while self._peers.overflowed:
             self.end(*self._peers.overflowed.popitem())
 
-    def _carry_out(self, key: RoomKey, session: Session, command: commands.Command) -> None:
-        if isinstance(command, commands.Send):
-            self._router.send(session, command)
-        elif isinstance(command, (commands.SetTimer, commands.CancelTimer)):
-            self._out.timer(key, command)
-        elif isinstance(command, commands.Grant):
-            self._lessor.grant(key, session.state, command)
-        elif isinstance(command, commands.Regrant):
-            self._lessor.regrant(key, command)
-        elif isinstance(command, commands.Release):
-            self._lessor.release(key, command)
-        elif isinstance(command, (commands.Preflight, commands.StartPart)):
-            self.breakers.asked(key, command)
-        else:
-            if isinstance(command, commands.Fence) and not command.force:
-                self._lessor.quarantine(key, command.part)
-            self._out.emit(Do(key, command))
+    def _ended(self, key: RoomKey, session: Session, was_over: bool) -> None:
+        if not was_over:
+            self.breakers.closing(session)
+        self.breakers.ended(key, session)
+        if session.finished:
+            self._rooms.forget(key)
+
+    def _grant(self, key: RoomKey, command: commands.Grant) -> None:
+        self._lessor.grant(key, self.sessions[key].state, command)
+
+    def _fence(self, key: RoomKey, command: commands.Fence) -> None:
+        if not command.force:
+            self._lessor.quarantine(key, command.part)
+        self._out.do(key, command)
 
     # Inside: messages
 

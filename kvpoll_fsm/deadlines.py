@@ -69,6 +69,8 @@ GATES_OF: dict[KVPoll, tuple[Gate, ...]] = {
 }
 """The gates that exist in each live state."""
 
+_SETTINGS = {pair: clock.value for pair, clock in GATES.items()}
+
 _missing = {(s, g) for s, gates in GATES_OF.items() for g in gates} ^ GATES.keys()
 if _missing or GATES_OF.keys() != {s for s in KVPoll if not s.is_terminal}:
     raise AssertionError(f"a live (state, gate) has no clock, or a clock no gate: {sorted(map(str, _missing))}")
@@ -131,7 +133,7 @@ class Deadlines:
         Raises:
             KeyError: The state has no such gate.
         """
-        seconds: float = getattr(self, GATES[state, gate].value)
+        seconds: float = getattr(self, _SETTINGS[state, gate])
         return seconds
 
     def patience_s(self, *, probing: bool) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvpoll_fsm.connection import Connection
 from kvpoll_fsm.errors import Failure, FailureCode
+from kvpoll_fsm.guest import Guest
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.recorder import Recorder
@@ -33,7 +34,7 @@ class Display:
         recorder: Recorder,
         connections: Mapping[int, Connection],
         take_result: Callable[[RoomKey], Any],
-        logs: bool = True,
+        guest: Guest | None = None,
     ) -> None:
         """Store what is needed.
 
@@ -41,30 +42,43 @@ class Display:
             recorder: Keeps the trace.
             connections: The peers by number.
             take_result: Gives what a receiver's room that ended Success has brought, once.
-            logs: Log how rooms end. A mover's host does that itself.
+            guest: Tells the host, which then logs by itself how rooms end. None: the views are all that it needs.
         """
         self.views: dict[RoomKey, RoomView] = {}
         self._recorder = recorder
         self._connections = connections
         self._take_result = take_result
-        self._logs = logs
+        self._guest = guest
 
-    def show(self, key: RoomKey, session: Session) -> None:
-        """Bring a room's view, and the trace, up to date."""
-        self._recorder.room(key, session, self._peer_of(session))
+    def open(self, view: RoomView, session: Session) -> None:
+        """Show a room that was opened, and record what it has gone through by now."""
+        key = session.room_key
+        self.views[key] = view
+        self._recorder.room(key, session, 0, 0, self._peer_of)
+        view.history, view.parts = session.history, session.parts
+
+    def show(self, key: RoomKey, session: Session) -> bool:
+        """Bring a room's view, and the trace, up to date; returns whether the room has come to its end by that."""
         view = self.views.get(key)
         if view is None:
-            return
-        before = view.state
-        if session.state is KVPoll.Success and view.data is None:
+            return False
+        if session.history is not view.history or session.parts is not view.parts:
+            self._recorder.room(key, session, len(view.history), len(view.parts), self._peer_of)
+        ends = session.state.is_terminal and not view.state.is_terminal
+        if ends and session.state is KVPoll.Success:
             view.data = self._take_result(key)
         view.update(session)
-        if self._logs and session.state.is_terminal and not before.is_terminal:
+        if ends and self._guest is None:
             log_end(view)
+        return ends
+
+    def tell(self) -> None:
+        """See that the host is told, if somebody has to, what has been shown."""
+        if self._guest is not None:
+            self._guest.tell()
 
     def forget(self, key: RoomKey) -> None:
         """A room that was cleared has ended for good."""
-        self._recorder.forget(key)
         view = self.views.pop(key, None)
         if view is not None:
             view.settle()

@@ -170,7 +170,7 @@ class Driver:
         self.incoming = Incoming(self.pool, transports, submit, feed, give_up, self._destination)
         self.outgoing = Outgoing(self.pool, transports, self._links, peers, submit, feed, self._hashes)
         self._actions = Actions(core, self._timers, self._links, self.outgoing, self.incoming, feed)
-        self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest is None)
+        self._display = Display(self.recorder, peers, self.incoming.take_result, self._guest)
         moving = (self._actions, self.incoming, self.outgoing)
         telling = (self._display, self.recorder, self.meter)
         self._performer = Performer(core, self._control, self.carriers, *moving, *telling)
@@ -278,8 +278,8 @@ class Driver:
     def add_view(self, key: RoomKey, view: RoomView) -> None:
         """Show a room that was opened. Driver's thread."""
         view.key = key
-        self.views[key] = view
-        self.meter.opened(key)
+        self._display.open(view, self.core.sessions[key])
+        self.meter.opened()
 
     def clear(self, key: RoomKey) -> None:
         """The host drops its handle. Driver's thread."""
@@ -311,10 +311,9 @@ class Driver:
         self._console.take_turn(readable)
         for origin, identity, packet in self._control.read():
             self._reception.take(origin, identity, packet)
-        for name, completion in self.carriers.news():
-            self._actions.completed(name, completion)
-        for timer, epoch in self._timers.due():
-            self._timer(timer, epoch)
+        self._hear_transports(readable)
+        for owner, name, epoch in self._timers.due():
+            self._timer(owner, name, epoch)
         self._performer.carry_out()
         self.recorder.flush()
         if self._guest is not None:
@@ -325,6 +324,10 @@ class Driver:
             self._owed = True
             self._timers.set("ack", ACK_AFTER_S)
 
+    def _hear_transports(self, readable: set[int] | None = None) -> None:
+        for name, completion in self.carriers.news(readable):
+            self._actions.completed(name, completion)
+
     def _wait_s(self) -> float | None:
         if self._inbox:
             return 0.0
@@ -334,9 +337,10 @@ class Driver:
             return due
         return min(POLL_INTERVAL_S, POLL_INTERVAL_S if due is None else due)
 
-    def _timer(self, name: Any, epoch: int) -> None:
+    def _timer(self, key: Any, name: str, epoch: int) -> None:
         if name == "heartbeat":
             self._timers.set(name, self.config.deadlines.heartbeat_s)
+            self._hear_transports()  # all of them: one that has failed may have nothing to say so with
             self.core.heartbeat_tick(self._host_alive(), self._jobs.moving())
             self._control.refusals.follow(self.core.refused)
         elif name == "resend":
@@ -349,7 +353,7 @@ class Driver:
         elif name == "flush":
             self._flush_over = True
         else:
-            self.core.timer(name[0], name[1], epoch, self._host_alive())
+            self.core.timer(key, name, epoch, self._host_alive())
 
     def _host_alive(self) -> bool:
         now = time.monotonic()

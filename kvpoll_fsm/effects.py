@@ -95,9 +95,14 @@ class Outbox:
         """Ask the host for something."""
         self.effects.append(effect)
 
+    def do(self, key: RoomKey, command: Command) -> None:
+        """Have a command of a room carried out by the host."""
+        self.effects.append(Do(key, command))
+
     def changed(self, key: RoomKey) -> None:
         """Have a room looked at again."""
-        self.last[key] = Changed(key)
+        if key not in self.last:
+            self.last[key] = Changed(key)
 
     def timer(self, key: RoomKey | None, command: SetTimer | CancelTimer) -> None:
         """Have a timer of a room, or of the core itself, set or cancelled."""

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -110,7 +111,7 @@ class Endpoint:
             raise InvalidInput(f"pool={pool!r}: give a BlockPool(layout, blocks=...)")
         self.pool = pool
         self.config = settle(given, config)
-        self._open: dict[tuple[str, int, int], Room] = {}
+        self._open: dict[int | tuple[int, int], Room] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may call us in the middle of our own call
         self._draining = False
         self._engine: Engine | None = None
@@ -264,7 +265,7 @@ class Endpoint:
         room = plain_integer("room", room, 0, MAX_ROOM)
         ranks = plain_integer("ranks", ranks, 1, MAX_RANKS)
         rank = plain_integer("rank", rank, 0, ranks - 1)
-        address = Address.parse(peer).require_reachable()
+        address = _reachable(peer) if isinstance(peer, str) else Address.parse(peer).require_reachable()
         window = plain_integer("window", window, 1, 2)
         if window == 2 and (resume != "drain" or dummy):
             raise InvalidInput("window=2 goes with resume='drain', and a dummy rank has no use for it")
@@ -374,18 +375,18 @@ class Endpoint:
 
     def dropped(self, handle: Room) -> None:
         """A handle was cleared: its room may be opened again."""
-        place = (handle.side, handle.room, handle.rank)
+        place = _place(handle)
         with self._lock:
             if self._open.get(place) is handle:
                 del self._open[place]
 
     def _enter(self, handle: Room) -> None:
-        place = (handle.side, handle.room, handle.rank)
+        place = _place(handle)
         with self._lock:
             if self._draining:
                 raise EndpointClosed("draining: no new rooms are taken")
             if place in self._open:
-                raise DuplicateRoom(*place)
+                raise DuplicateRoom(handle.side, handle.room, handle.rank)
             self._open[place] = handle
 
     def _live(self) -> list[RoomView]:
@@ -397,6 +398,17 @@ class Endpoint:
         engine = self.engine
         engine.sign.seen = True
         return engine.ask(question)
+
+
+@lru_cache(maxsize=64)
+def _reachable(peer: str) -> Address:
+    """A peer's address; few peers are named again and again."""
+    return Address.parse(peer).require_reachable()
+
+
+def _place(handle: Room) -> int | tuple[int, int]:
+    """What of one endpoint's rooms is open once: a sender's number; a receiver's, with its rank."""
+    return handle.room if handle.side == "sender" else (handle.room, handle.rank)
 
 
 def _await_quiet(view: RoomView | None, left_s: float) -> None:

@@ -6,7 +6,7 @@ that read them are in `kvpoll_fsm.lifecycle`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 __all__ = [
     "FAILING",
@@ -21,13 +21,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Bootstrapped:
+class Bootstrapped(Struct, frozen=True):
     """Every required rank has granted blocks for part 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class PartDone:
+class PartDone(Struct, frozen=True):
     """One part has an outcome on every required rank.
 
     Attributes:
@@ -39,28 +37,23 @@ class PartDone:
     all_ok: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
+class Resumed(Struct, frozen=True):
     """Every required rank has granted blocks for the next part."""
 
 
-@dataclass(frozen=True, slots=True)
-class Aborted:
+class Aborted(Struct, frozen=True):
     """Somebody gave the room up."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerLost(Struct, frozen=True):
     """The other endpoint's incarnation is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
+class DeadlinePassed(Struct, frozen=True):
     """The gate the room waited at did not open in time."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProtocolError:
+class ProtocolError(Struct, frozen=True):
     """The peer did something the protocol does not allow, or this side met a bug of its own."""
 
 

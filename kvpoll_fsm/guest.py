@@ -22,6 +22,10 @@ class Guest(Protocol):
         """Do what there is to do, before the core's effects are carried out; `readable` are watched descriptors."""
         ...
 
+    def tell(self) -> None:
+        """Tell the host what is new of its rooms: peers are about to be told."""
+        ...
+
     def end_turn(self) -> None:
         """The effects of this turn have been carried out."""
         ...

@@ -12,7 +12,7 @@ from kvpoll_fsm.messages import Beat
 from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.rooms import Rooms
-from kvpoll_fsm.session import RoomKey
+from kvpoll_fsm.session import RoomKey, Session
 
 __all__ = ["Heartbeats"]
 
@@ -29,12 +29,12 @@ class Heartbeats:
         self._out = out
         self._host_alive = True
 
-    def spread(self, key: RoomKey) -> None:
+    def spread(self, session: Session) -> None:
         """Have the next heartbeats speak of a room."""
-        session = self._rooms.sessions.get(key)
-        for conn in session.conns if session else ():
-            if conn in self._peers.connections:
-                self._peers.connections[conn].news.add(key)
+        for conn in session.conns:
+            connection = self._peers.connections.get(conn)
+            if connection is not None:
+                connection.news.add(session.room_key)
 
     def hear(self, connection: Connection, beat: Beat) -> None:
         """A peer says where a room stands; what is of another life of the room is not heard."""

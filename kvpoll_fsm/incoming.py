@@ -27,7 +27,7 @@ log = logging.getLogger("kvpoll_fsm")
 Problem = tuple[FailureCode, str]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Exposed:
     """Blocks of one part that admit writes.
 
@@ -237,8 +237,7 @@ class Incoming:
             self._feed(key, answer(_problem(result)))
 
         try:
-            layout = self._pool.layout
-            nbytes = sum(layout.part_nbytes(held.tokens, first=held.part == 0) for held in parts)
+            nbytes = sum([self._pool.layout.part_nbytes(held.tokens, first=held.part == 0) for held in parts])
             self._submit(key, work, done, nbytes)
         except Exception as error:  # no worker will answer
             done(error)

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from typing import Any
 
 from kvpoll_fsm.errors import InvalidInput, LayoutError, LayoutMismatch
@@ -55,6 +56,7 @@ class Field:
         dtype: A name in `ITEMSIZE`.
         shape_per_token: Shape of one token's value, e.g. `(3584,)`; `()` is a scalar.
         per_room: One value of that shape per room instead of one per token.
+        slot_nbytes: Bytes of one token's value (one room's, if `per_room`).
 
     Raises:
         LayoutError: An empty name, an unknown dtype, or a shape with a size below 1.
@@ -64,6 +66,7 @@ class Field:
     dtype: str
     shape_per_token: tuple[int, ...] = ()
     per_room: bool = False
+    slot_nbytes: int = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Names go into messages, logs and the fingerprint: no line ends, no lone surrogates.
@@ -72,13 +75,9 @@ class Field:
         if not isinstance(self.dtype, str) or self.dtype not in ITEMSIZE:
             raise LayoutError(self.name, f"unknown dtype {self.dtype!r}; known: {', '.join(ITEMSIZE)}")
         object.__setattr__(self, "shape_per_token", _sizes(self.name, self.shape_per_token))
+        object.__setattr__(self, "slot_nbytes", ITEMSIZE[self.dtype] * math.prod(self.shape_per_token))
         if len(self.shape_per_token) > 16 or self.slot_nbytes > MAX_SLOT_NBYTES:
             raise LayoutError(self.name, f"shape_per_token {self.shape_per_token!r} is too large")
-
-    @property
-    def slot_nbytes(self) -> int:
-        """Bytes of one token's value (one room's, if `per_room`)."""
-        return ITEMSIZE[self.dtype] * math.prod(self.shape_per_token)
 
     def block_nbytes(self, block_tokens: int) -> int:
         """Bytes one block takes in this field's arena."""
@@ -109,6 +108,8 @@ class Layout:
     Attributes:
         block_tokens: Tokens per block; the two sides of a transfer may differ in it.
         fields: At least one that is not per room; names are unique.
+        token_nbytes: Bytes of one token over all token fields.
+        room_nbytes: Bytes of all per-room fields together.
 
     Raises:
         InvalidInput: `block_tokens` below 1, something else than fields, or no token field.
@@ -117,6 +118,8 @@ class Layout:
 
     block_tokens: int
     fields: tuple[Field, ...]
+    token_nbytes: int = attribute(init=False, repr=False, compare=False)
+    room_nbytes: int = attribute(init=False, repr=False, compare=False)
 
     def __init__(self, block_tokens: int, fields: Sequence[Field]) -> None:
         object.__setattr__(self, "block_tokens", block_tokens)
@@ -130,6 +133,9 @@ class Layout:
         for name in names:
             if names.count(name) > 1:
                 raise LayoutError(name, "is declared twice")
+        per_room = sum([field.slot_nbytes for field in self.fields if field.per_room])
+        object.__setattr__(self, "room_nbytes", per_room)
+        object.__setattr__(self, "token_nbytes", sum([field.slot_nbytes for field in self.fields]) - per_room)
 
     @property
     def token_fields(self) -> tuple[Field, ...]:
@@ -139,16 +145,6 @@ class Layout:
     def part_nbytes(self, tokens: int, *, first: bool) -> int:
         """Bytes of a part; those of the per-room fields are in part 0."""
         return self.token_nbytes * tokens + (self.room_nbytes if first else 0)
-
-    @property
-    def room_nbytes(self) -> int:
-        """Bytes of all per-room fields together."""
-        return sum(field.slot_nbytes for field in self.fields if field.per_room)
-
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of one token over all token fields."""
-        return sum(field.slot_nbytes for field in self.token_fields)
 
     @property
     def fingerprint(self) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from kvpoll_fsm.errors import InvalidInput
 
@@ -25,8 +25,7 @@ def part_tokens(remaining: int, capacities: tuple[int, ...], ready: int) -> int:
     return min(remaining, ready, *capacities)
 
 
-@dataclass(slots=True)
-class Ledger:
+class Ledger(Struct, gc=False):
     """The committed token range of one room. Parts are committed in order, so one number tells it.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 from kvpoll_fsm import inputs
 from kvpoll_fsm.blocks import BlockAccounts
 from kvpoll_fsm.commands import Expose, Grant, Regrant, Release, SetTimer
-from kvpoll_fsm.effects import Do, Outbox
+from kvpoll_fsm.effects import Outbox
 from kvpoll_fsm.errors import Failure, FailureCode, KvpollError, RequestTooLarge
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey
@@ -81,7 +81,7 @@ class Lessor:
         """Turn the lease of one part into that of the next."""
         old, new = lease_of(key, command.old_part), lease_of(key, command.part)
         blocks = self.accounts.relabel(old, new, command.blocks)
-        self._out.emit(Do(key, Release(command.old_part)))
+        self._out.do(key, Release(command.old_part))
         self._leased(key, command.part, blocks)
         self._serve()
 
@@ -90,7 +90,7 @@ class Lessor:
         lease = lease_of(key, command.part)
         if self.accounts.holds(lease):
             self.accounts.release(lease)
-            self._out.emit(Do(key, command))
+            self._out.do(key, command)
         else:
             self.accounts.forget(lease)
         self._serve()
@@ -125,7 +125,7 @@ class Lessor:
 
     def _leased(self, key: RoomKey, part: int, blocks: tuple[int, ...]) -> None:
         if key.side == "receiver":
-            self._out.emit(Do(key, Expose(part, blocks)))
+            self._out.do(key, Expose(part, blocks))
         else:
             self._out.feed(key, inputs.Granted(part, blocks, len(blocks) * self._block_tokens))
 

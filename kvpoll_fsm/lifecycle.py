@@ -32,7 +32,7 @@ from kvpoll_fsm.events import (
 )
 from kvpoll_fsm.poll import KVPoll
 
-__all__ = ["EVENTS", "ROWS", "TABLE", "Lifecycle", "Row", "outcome", "reference_machine"]
+__all__ = ["EVENTS", "OPEN", "ROWS", "TABLE", "Lifecycle", "Row", "after", "outcome", "reference_machine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,15 @@ class Row:
 
 
 _LIVE = (KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Transferring)
-_OPEN = (KVPoll.WaitingForInput, KVPoll.Transferring)
+OPEN = (KVPoll.WaitingForInput, KVPoll.Transferring)
+"""The states in which parts move."""
 
 ROWS: tuple[Row, ...] = (
     Row((KVPoll.Bootstrapping,), Bootstrapped(), KVPoll.WaitingForInput),
-    Row(_OPEN, PartDone(is_last=False, all_ok=True), KVPoll.Transferring),
-    Row(_OPEN, PartDone(is_last=True, all_ok=True), KVPoll.Success),
-    Row(_OPEN, PartDone(is_last=False, all_ok=False), KVPoll.Failed),
-    Row(_OPEN, PartDone(is_last=True, all_ok=False), KVPoll.Failed),
+    Row(OPEN, PartDone(is_last=False, all_ok=True), KVPoll.Transferring),
+    Row(OPEN, PartDone(is_last=True, all_ok=True), KVPoll.Success),
+    Row(OPEN, PartDone(is_last=False, all_ok=False), KVPoll.Failed),
+    Row(OPEN, PartDone(is_last=True, all_ok=False), KVPoll.Failed),
     Row((KVPoll.Transferring,), Resumed(), KVPoll.Transferring),
     *(Row(_LIVE, event, KVPoll.Failed) for event in FAILING),
 )
@@ -83,6 +84,18 @@ def outcome(is_last: bool, polls: Iterable[bool]) -> KVPoll:
     return TABLE[KVPoll.WaitingForInput, PartDone(is_last=bool(is_last), all_ok=all(ranks))]
 
 
+def after(state: KVPoll, event: LifecycleEvent) -> KVPoll:
+    """The state that an event leads to; Success and Failed stay what they are.
+
+    Raises:
+        IllegalTransition: No row fits.
+    """
+    dest = TABLE.get((state, event))
+    if dest is None and not (state.is_terminal and event in _KNOWN):
+        raise IllegalTransition(state, event)
+    return state if dest is None else dest
+
+
 class Lifecycle:
     """The state of one room on one side.
 
@@ -103,13 +116,9 @@ class Lifecycle:
         Raises:
             IllegalTransition: No row fits; the state is unchanged.
         """
-        dest = TABLE.get((self.state, event))
-        if dest is not None:
-            self.state = dest
-        elif self.state.is_terminal and event in _KNOWN:
-            self.late_events += 1
-        else:
-            raise IllegalTransition(self.state, event)
+        before = self.state
+        self.state = after(before, event)
+        self.late_events += before.is_terminal
         return self.state
 
     def clone(self) -> Lifecycle:

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpoll_fsm.commands import Command, Preflight, StartPart
+from kvpoll_fsm.commands import Preflight, StartPart
 from kvpoll_fsm.errors import FailureCode
 from kvpoll_fsm.inputs import Input, PartWritten, Preflighted
 from kvpoll_fsm.layout import Layout
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey, Session
 
-__all__ = ["Histogram", "Meter"]
+__all__ = ["COUNTED", "Histogram", "Meter"]
 
 NONE = "none"
 """What rooms count for that ended before any transport was tried."""
 OTHER = "other"
 """What a receiver's parts count for that its sender says came by a transport this endpoint does not have."""
+
+COUNTED = (Preflight, StartPart)
+"""The commands that are counted."""
 
 Feed = Callable[[RoomKey, Input], None]
 
@@ -116,6 +119,10 @@ class _Run:
         self.failed_on: dict[int, str] = {}
 
 
+_UNTRIED = _Run()
+"""A room that has only been opened."""
+
+
 class Meter:
     """Told of by those who carry out what the core decides. Used by the driver's thread alone."""
 
@@ -132,26 +139,25 @@ class Meter:
         self._now = now
         self._began_s = now()
         self._tallies: dict[tuple[str, str], _Tally] = {}
-        self._live: dict[RoomKey, _Run | None] = {}
+        self._live = 0
+        self._runs: dict[RoomKey, _Run] = {}
 
-    def opened(self, key: RoomKey) -> None:
+    def opened(self) -> None:
         """A room was opened."""
-        self._live[key] = _Run() if key.side == "sender" else None
+        self._live += 1
 
     def supplied(self, key: RoomKey) -> None:
-        """A sender's host has data: a room's duration counts from here on."""
-        run = self._live.get(key)
-        if run is not None and run.supplied_s is None:
+        """The host of a sender's live room has data: its duration counts from here on."""
+        run = self._run(key)
+        if run.supplied_s is None:
             run.supplied_s = self._now()
 
-    def commanded(self, key: RoomKey | None, command: Command) -> None:
-        """A room's session wants this done."""
-        run = self._live.get(key) if key is not None else None
-        if run is None:
-            return
+    def commanded(self, key: RoomKey, command: Preflight | StartPart) -> None:
+        """The session of a sender's live room wants this done."""
+        run = self._run(key)
         if isinstance(command, StartPart):
             self._part(run, command)
-        elif isinstance(command, Preflight):
+        else:
             run.tried.setdefault(command.transport, "")
 
     def feeding(self, feed: Feed) -> Feed:
@@ -166,14 +172,13 @@ class Meter:
 
         return fed
 
-    def looked(self, key: RoomKey, session: Session) -> None:
-        """A room has changed; the first time that it is over it is counted."""
-        if session.state.is_terminal and key in self._live:
-            run = self._live.pop(key)
-            if run is None:
-                self._received(session)
-            else:
-                self._sent(run, session)
+    def ended(self, key: RoomKey, session: Session) -> None:
+        """A room has come to its last state."""
+        self._live -= 1
+        if key.side == "sender":
+            self._sent(self._runs.pop(key, _UNTRIED), session)
+        else:
+            self._received(session)
 
     def report(self) -> dict[str, Any]:
         """What was counted, as plain data."""
@@ -181,12 +186,19 @@ class Meter:
         for (side, name), tally in sorted(self._tallies.items()):
             more = {"reissued": tally.reissued, "latency_s": tally.latency.shown()} if side == "sent" else {}
             sides[side][name] = {**tally.shown(), **more}
-        return {"seconds": round(self._now() - self._began_s, 3), "live": len(self._live), **sides}
+        return {"seconds": round(self._now() - self._began_s, 3), "live": self._live, **sides}
 
     def _tally(self, side: str, name: str) -> _Tally:
         return self._tallies.setdefault((side, name), _Tally())
 
     # A sender's room
+
+    def _run(self, key: RoomKey) -> _Run:
+        """What is noted of a live room; nothing is of one that has only been opened."""
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = _Run()
+        return run
 
     def _part(self, run: _Run, command: StartPart) -> None:
         run.part_nbytes = self._layout.part_nbytes(command.tokens, first=command.part == 0)
@@ -200,7 +212,7 @@ class Meter:
                 self._tally("sent", before).reissued += 1
 
     def _written(self, key: RoomKey, event: PartWritten) -> None:
-        run = self._live.get(key)
+        run = self._runs.get(key)
         if run is None:
             return
         if event.ok:
@@ -215,7 +227,7 @@ class Meter:
             self._unserved(key, event.transport, FailureCode.TransportFailed)
 
     def _unserved(self, key: RoomKey, name: str, code: FailureCode) -> None:
-        run = self._live.get(key)
+        run = self._runs.get(key)
         if run is not None:
             run.tried[name] = run.tried.get(name) or code.value
 

@@ -213,14 +213,14 @@ class Outgoing:
 
     def _plan(self, writing: Writing, prepared: Prepared) -> None:
         """Turn the part into batches of writes, and queue them once the link works."""
-        target, layout = writing.target, self._pool.layout
+        target = writing.target
         writing.checksum = prepared.checksum if self._hashes(target.transport) else None
         connection, transport = self._peers.get(target.conn), self._transports.get(target.transport)
         if connection is None or transport is None:
             return self._give_up(writing, "the connection has ended" if transport else "the transport was given up")
         there = runs(target.grant.blocks, connection.block_tokens, writing.command.tokens)
         room_slots = None if prepared.room_block is None else (prepared.room_block, target.grant.blocks[0])
-        extents = plan_runs(layout, prepared.slots, there, room_slots)
+        extents = plan_runs(self._pool.layout, prepared.slots, there, room_slots)
         entries = transport.capabilities.scatter_entries
         writing.pending.extend(batches(extents, MAX_TICKET_NBYTES, entries))
         writing.planned = True

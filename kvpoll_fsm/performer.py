@@ -7,11 +7,11 @@ import logging
 from kvpoll_fsm.actions import Actions
 from kvpoll_fsm.carriers import Carriers
 from kvpoll_fsm.control import Control
-from kvpoll_fsm.core import Changed, Do, Effect, EndpointCore, Transmit
+from kvpoll_fsm.core import Changed, Do, EndpointCore, Transmit
 from kvpoll_fsm.display import Display
 from kvpoll_fsm.effects import BreakerMoved, Hangup
 from kvpoll_fsm.incoming import Incoming
-from kvpoll_fsm.metering import Meter
+from kvpoll_fsm.metering import COUNTED, Meter
 from kvpoll_fsm.outgoing import Outgoing
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.recorder import Recorder
@@ -66,28 +66,33 @@ class Performer:
         self._core.flush()
         while self._perform():
             self._core.flush()
-        self._carriers.flush()
 
     def _perform(self) -> bool:
         """Carry out what there is now, if anything.
 
-        What peers are told goes out last, whenever it was put on its way: our own host sees it before theirs do.
+        Writes are sent before rooms are looked at: the bytes move meanwhile. What peers are told goes out last,
+        whenever it was put on its way: our own host sees it before theirs do.
         """
         said: list[Transmit] = []
         some = False
         while effects := self._core.drain():
             some = True
             for effect in effects:
-                if isinstance(effect, Transmit):
+                if isinstance(effect, Do):
+                    self._do(effect)
+                elif isinstance(effect, Transmit):
                     said.append(effect)
-                    continue
-                if isinstance(effect, Hangup):
-                    self._say(said)
-                self._effect(effect)
+                elif isinstance(effect, Changed):
+                    self._look(effect.key)
+                else:
+                    self._seldom(effect, said)
+            self._carriers.flush()
         self._say(said)
         return some
 
     def _say(self, said: list[Transmit]) -> None:
+        if said:
+            self._display.tell()
         for each in said:
             self._recorder.frame("out", each.packet)
             self._control.send(each.conn, each.packet)
@@ -100,27 +105,28 @@ class Performer:
         if session is not None:
             self._show(key, session)
 
-    def show(self, key: RoomKey) -> None:
-        """Bring a room's view up to date."""
+    def _do(self, effect: Do) -> None:
+        key, command = effect.key, effect.command
+        if key is not None and isinstance(command, COUNTED):
+            self._meter.commanded(key, command)
+        self._actions.do(key, command)
+
+    def _look(self, key: RoomKey) -> None:
+        """Bring a room's view up to date; one that is over is let go of."""
         session = self._core.sessions.get(key)
-        if session is not None:
+        if session is None:
+            self._over(key)
+        else:
             self._show(key, session)
 
-    def _effect(self, effect: Effect) -> None:
-        if isinstance(effect, Do):
-            self._meter.commanded(effect.key, effect.command)
-            self._actions.do(effect.key, effect.command)
-        elif isinstance(effect, Changed):
-            self.show(effect.key)
-            if effect.key not in self._core.sessions:
-                self._over(effect.key)
-        elif isinstance(effect, BreakerMoved):
-            self._tell(effect)
-        else:
-            self._control.hang_up(effect.conn)
-            self._actions.hang_up(effect.conn)
+    def _seldom(self, effect: BreakerMoved | Hangup, said: list[Transmit]) -> None:
+        if isinstance(effect, BreakerMoved):
+            return self._log(effect)
+        self._say(said)
+        self._control.hang_up(effect.conn)
+        self._actions.hang_up(effect.conn)
 
-    def _tell(self, moved: BreakerMoved) -> None:
+    def _log(self, moved: BreakerMoved) -> None:
         """Log it; what repeats itself for as long as a transport does not work is for those who look for it."""
         repeats = moved.state == "half-open" or moved.again
         connection = self._core.connections.get(moved.conn)
@@ -135,8 +141,8 @@ class Performer:
             self._outgoing.forget(key)
             if session.state is KVPoll.Failed:
                 self._incoming.forget(key)
-        self._meter.looked(key, session)
-        self._display.show(key, session)
+        if self._display.show(key, session):
+            self._meter.ended(key, session)
 
     def _over(self, key: RoomKey) -> None:
         """A room that was cleared has ended for good."""

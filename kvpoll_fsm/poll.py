@@ -21,13 +21,15 @@ class KVPoll(enum.IntEnum):
     Transferring = 3
     Success = 4
 
-    @property
-    def is_terminal(self) -> bool:
-        """True for Success and Failed, which nothing leaves."""
-        return self is KVPoll.Success or self is KVPoll.Failed
+    is_terminal: bool
+    """True for Success and Failed, which nothing leaves."""
 
     def __str__(self) -> str:
         return self.name
 
     def __format__(self, spec: str) -> str:
         return format(self.name, spec)
+
+
+for _state in KVPoll:  # asked so often that a property would show in what a room costs
+    _state.is_terminal = _state in (KVPoll.Success, KVPoll.Failed)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from kvpoll_fsm.messages import BlockGrant
 
 __all__ = ["RankSlot"]
 
 
-@dataclass(slots=True)
-class RankSlot:
+class RankSlot(Struct):
     """What the sender knows of one receiver rank.
 
     Attributes:
@@ -126,4 +126,4 @@ class RankSlot:
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value."""
-        return tuple(getattr(self, name) for name in self.__slots__ if name != "passed_over")
+        return tuple(getattr(self, name) for name in self.__struct_fields__ if name != "passed_over")

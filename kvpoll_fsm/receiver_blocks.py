@@ -7,6 +7,8 @@ wait until the part that has landed was copied out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import Struct
@@ -43,6 +45,8 @@ class SecondGrant(Struct, frozen=True):
 
 
 NO_SECOND = SecondGrant()
+NONE_LOOSE: frozenset[int] = frozenset()
+NONE_FENCED: Mapping[str, int] = MappingProxyType({})
 
 
 class ReceiverBlocks(Session):
@@ -89,44 +93,43 @@ class ReceiverBlocks(Session):
         self._grant: BlockGrant | None = None
         self._second = NO_SECOND
         self._behind: HeldPart | None = None
-        self._held: dict[int, HeldPart] = {}
-        self._loose: set[int] = set()
-        self._fencing: dict[str, int] = {}
+        self._held: tuple[HeldPart, ...] = ()
+        self._loose: frozenset[int] = NONE_LOOSE
+        self._fencing: Mapping[str, int] = NONE_FENCED
         self._sender_gate, self._sender_alive = Gate.waiting_ranks, False
         self._job = False
         self._exact = False
         self._tries = 0
 
-    @property
-    def quiescent(self) -> bool:
-        """Terminal, and no write of this room can land in blocks it was granted."""
-        if not self.state.is_terminal or self._job or self._loose:
+    def _nothing_lands(self) -> bool:
+        """Whether a room that is terminal is quiescent, too: no write can land in blocks it was granted."""
+        if self._job or self._loose:
             return False
         return self._grant is None and self._second.grant is None and self._behind is None
 
     @property
     def finished(self) -> bool:
         """Terminal, quiescent, no blocks held, and the host has no more use for it."""
-        return super().finished and not self._held
+        return self._cleared and self.quiescent and not self._held
 
     @property
     def held_parts(self) -> tuple[HeldPart, ...]:
         """Committed parts that lie in this room's blocks (`extend`, `manual`, one that is still being copied out)."""
         behind = () if self._behind is None else (self._behind,)
-        return (*self._held.values(), *behind)
+        return (*self._held, *behind)
 
     def _copy_base(self, copy: Any) -> None:
         super()._copy_base(copy)
         copy.ledger, copy.part, copy._phase = self.ledger.clone(), self.part, self._phase
         copy._grant, copy._second, copy._behind = self._grant, self._second, self._behind
-        copy._held, copy._loose, copy._sender_gate = dict(self._held), set(self._loose), self._sender_gate
+        copy._held, copy._loose, copy._sender_gate = self._held, self._loose, self._sender_gate
         copy._job, copy._exact, copy._sender_alive = self._job, self._exact, self._sender_alive
-        copy._fencing, copy._tries = dict(self._fencing), self._tries
+        copy._fencing, copy._tries = self._fencing, self._tries
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state."""
         own = (self.ledger.key(), self.part, self._phase, self._grant, self._second, self._behind)
-        held = (tuple(self._held.values()), frozenset(self._loose), frozenset(self._fencing.items()))
+        held = (self._held, self._loose, frozenset(self._fencing.items()))
         return (*super().key(), *own, *held, self._sender_gate, self._sender_alive, self._job, self._exact)
 
     def _ids(self) -> dict[str, int]:
@@ -222,7 +225,9 @@ class ReceiverBlocks(Session):
         return self.options.resume == "extend" and bool(self._held)
 
     def _release_part(self, event: inputs.ReleasePart) -> None:
-        if self._held.pop(event.part, None) is not None:
+        kept = tuple([held for held in self._held if held.part != event.part])
+        if len(kept) < len(self._held):
+            self._held = kept
             self._do(Release(event.part))
 
     # Withdrawing them
@@ -251,8 +256,7 @@ class ReceiverBlocks(Session):
         if not message.ok:
             self._sender_gate = Gate.queued  # the part will come: no use in asking again
             return
-        self._grant = None
-        self._fencing.clear()
+        self._grant, self._fencing = None, NONE_FENCED
         self._do(Release(self.part))
         self._ask(or_refuse=self._drains_instead())
 
@@ -272,7 +276,7 @@ class ReceiverBlocks(Session):
 
     def _make_room(self, held: HeldPart, is_last: bool) -> None:
         if self.options.resume != "drain":
-            self._held[held.part] = held
+            self._held = (*self._held, held)
         if is_last and self.options.resume == "drain":
             self._do(Release(held.part))
         elif is_last and self.options.resume == "extend":
@@ -320,7 +324,7 @@ class ReceiverBlocks(Session):
     def _drain_held(self) -> None:
         """`extend` found no free blocks: copy out what is held and use those blocks again."""
         self._phase, self._job = "draining", True
-        self._do(CopyOut(tuple(self._held.values()), self.ledger.total_tokens or 0, None))
+        self._do(CopyOut(self._held, self.ledger.total_tokens or 0, None))
 
     def _drained(self, event: inputs.CopiedOut) -> None:
         self._phase = "none"
@@ -333,6 +337,6 @@ class ReceiverBlocks(Session):
         self._ask()
 
     def _release_held(self) -> None:
-        for part in list(self._held):
-            del self._held[part]
-            self._do(Release(part))
+        released, self._held = self._held, ()
+        for held in released:
+            self._do(Release(held.part))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import Fence, Release
-from kvpoll_fsm.receiver_blocks import ASKED, ReceiverBlocks
+from kvpoll_fsm.receiver_blocks import ASKED, NONE_LOOSE, ReceiverBlocks
+from kvpoll_fsm.session import QUARANTINE_TIMER
 
-__all__ = ["QUARANTINE_TIMER", "ReceiverFences"]
+__all__ = ["ReceiverFences"]
 
-QUARANTINE_TIMER = "quarantine"
 _OFFERED = ("offered", "withdrawing")
 
 
@@ -24,12 +24,13 @@ class ReceiverFences(ReceiverBlocks):
         self._keep_grant()
         if self._phase != "offered" or message.part != self.part:
             return  # a peer by the rules asks nothing of the kind
-        self._fencing[message.transport] = message.attempt
+        self._fencing = {**self._fencing, message.transport: message.attempt}
         self._do(Fence(self.part, force=True, transport=message.transport))
 
     def _fenced_alone(self, event: inputs.Fenced) -> None:
         """Said even after the end: the sender knows then that nothing is on its way, and says so in turn."""
-        attempt = self._fencing.pop(event.transport, None)
+        attempt = self._fencing.get(event.transport)
+        self._fencing = {name: tried for name, tried in self._fencing.items() if name != event.transport}
         if attempt is None or event.part != self.part or self._grant is None:
             return
         if event.transport in self._grant.transports:
@@ -54,7 +55,7 @@ class ReceiverFences(ReceiverBlocks):
 
     def _quarantine(self, part: int) -> None:
         """The sender may be writing to the blocks of this part."""
-        self._loose.add(part)
+        self._loose |= {part}
         self._do(Fence(part, force=False))
         self._arm(QUARANTINE_TIMER, self.deadlines.quarantine_max_s)
 
@@ -75,7 +76,7 @@ class ReceiverFences(ReceiverBlocks):
 
     def _now_quiescent(self) -> None:
         """Every write of this room has ended: by the sender's word, or by the fence."""
-        self._loose.clear()
+        self._loose = NONE_LOOSE
         self._disarm(QUARANTINE_TIMER)
         self._settle()
 
@@ -84,7 +85,7 @@ class ReceiverFences(ReceiverBlocks):
             return self._fenced_alone(event)
         if event.part not in self._loose:
             return
-        self._loose.discard(event.part)
+        self._loose -= {event.part}
         if not self._loose:
             self._send(self.options.conn, messages.Quiesced(**self._ids()))
             self._now_quiescent()
@@ -94,8 +95,7 @@ class ReceiverFences(ReceiverBlocks):
             self._now_quiescent()
 
     def _timer_fired(self, event: inputs.TimerFired) -> None:
-        if event.name == QUARANTINE_TIMER and self._armed.get(event.name) == event.epoch:
-            del self._armed[event.name]
+        if event.name == QUARANTINE_TIMER and self._clocks.rings(event.name, event.epoch):
             for part in sorted(self._loose):
                 self._do(Fence(part, force=True))
             return

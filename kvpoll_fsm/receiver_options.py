@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 __all__ = ["ReceiverOptions"]
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiverOptions:
+class ReceiverOptions(Struct, frozen=True):
     """What a receiver's room is opened with.
 
     Attributes:

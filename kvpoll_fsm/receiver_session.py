@@ -10,13 +10,26 @@ from kvpoll_fsm.commands import CopyOut, HeldPart, Verify
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import Failure, FailureCode, InvalidInput
 from kvpoll_fsm.events import Bootstrapped, LifecycleEvent, PartDone
-from kvpoll_fsm.lifecycle import outcome
+from kvpoll_fsm.lifecycle import OPEN, outcome
 from kvpoll_fsm.messages import BlockGrant
 from kvpoll_fsm.poll import KVPoll
-from kvpoll_fsm.receiver_blocks import MAKING_ROOM, ReceiverBlocks
+from kvpoll_fsm.receiver_blocks import MAKING_ROOM, NONE_FENCED, ReceiverBlocks
 from kvpoll_fsm.receiver_fences import ReceiverFences
 from kvpoll_fsm.receiver_options import ReceiverOptions
-from kvpoll_fsm.session import ROOM_TIMER, PartRecord, RoomKey, Session
+from kvpoll_fsm.session import (
+    BOOTSTRAPPING,
+    CLOSED,
+    MOVING,
+    QUEUED,
+    ROOM_TIMER,
+    WAITING_BLOCKS,
+    WAITING_OUTCOME,
+    WAITING_RANKS,
+    WAITING_RESUME,
+    PartRecord,
+    RoomKey,
+    Session,
+)
 
 __all__ = ["ReceiverOptions", "ReceiverSession"]
 
@@ -39,20 +52,19 @@ class ReceiverSession(ReceiverFences):
 
     # What the session is asked
 
-    @property
-    def gate(self) -> Gate:
-        """What the room waits for."""
+    def _present_gate(self) -> Gate:
+        """What the room waits for now."""
         if self.state.is_terminal:
-            return Gate.closed
+            return CLOSED
         if self._phase in MAKING_ROOM:
-            return Gate.waiting_blocks
-        if self.state is KVPoll.Bootstrapping:
-            return Gate.waiting_ranks
+            return WAITING_BLOCKS
+        if self.state is BOOTSTRAPPING:
+            return WAITING_RANKS
         if self._phase in _LANDED:
-            return Gate.waiting_outcome
+            return WAITING_OUTCOME
         if self._phase == "none" and not self.options.dummy:
-            return Gate.waiting_resume
-        return Gate.moving if self._sender_gate is Gate.moving else Gate.queued
+            return WAITING_RESUME
+        return MOVING if self._sender_gate is MOVING else QUEUED
 
     @property
     def sender_generation(self) -> int:
@@ -161,13 +173,13 @@ class ReceiverSession(ReceiverFences):
         if self.options.resume == "drain":
             return (held,)
         if self.options.resume == "extend" and is_last:
-            return (*self._held.values(), held)
+            return (*self._held, held)
         return ()
 
     def _learn_and_check(self, message: messages.PartReport) -> str:
         """Note the total; say what is wrong with a report, or nothing. `is_last` is derived here too."""
         grant = self._grant
-        if self.state not in (KVPoll.WaitingForInput, KVPoll.Transferring) or self._phase != "offered":
+        if self.state not in OPEN or self._phase != "offered":
             return f"not expected in {self.state}, grant {self._phase}"
         if grant is None or message.part != self.part or message.tokens > grant.tokens:
             return f"part {self.part} was granted {grant.tokens if grant else 0} tokens"
@@ -219,7 +231,7 @@ class ReceiverSession(ReceiverFences):
         if self.state.is_terminal:  # it ended here while the outcome was on its way
             return None
         if self.options.dummy:
-            expected = self.state in (KVPoll.WaitingForInput, KVPoll.Transferring)
+            expected = self.state in OPEN
         else:
             expected = self._phase == "acked" and self._report is not None
             expected = expected and message.is_last is self._report_is_last()
@@ -239,8 +251,7 @@ class ReceiverSession(ReceiverFences):
         transport = report.transport if report else ""
         record = PartRecord(self.part, held.offset, held.tokens, is_last, transport, held.blocks)
         self.parts = (*self.parts, record)
-        self._report, self._grant, self._phase = None, None, "none"
-        self._fencing.clear()
+        self._report, self._grant, self._phase, self._fencing = None, None, "none", NONE_FENCED
         self._apply(PartDone(is_last=is_last, all_ok=True))
         self.part += 1
         if not self.options.dummy:
@@ -283,7 +294,7 @@ class ReceiverSession(ReceiverFences):
         self.bytes_done = max(self.bytes_done, event.bytes_done)
         kept = self._kept_waiting(self.gate)
         self._sender_gate, self._sender_alive = event.gate, event.host_alive
-        gate = self.gate
+        gate = self._present_gate()
         if gate in (Gate.moving, Gate.waiting_outcome):
             renew = grew or event.working
         else:
@@ -301,7 +312,7 @@ class ReceiverSession(ReceiverFences):
         blocks = f"{self.options.blocks} blocks did not come free in this endpoint's pool"
         copying = f"part {self.part - 1} is being copied out, its blocks are those for part {self.part}"
         reasons = {
-            Gate.waiting_ranks: "the sender has not opened the room; is it open there, are all ranks here?",
+            Gate.waiting_ranks: "the sender has not opened the room: is it open at that address, are all ranks here?",
             Gate.waiting_blocks: copying if self._phase == "copying" else blocks,
             Gate.queued: f"the sender has not sent part {self.part}",
             Gate.moving: f"part {self.part} makes no progress",
@@ -316,7 +327,7 @@ class ReceiverSession(ReceiverFences):
             return f"the sender's word, or the fence, that nothing lands any more in part {max(self._loose)}"
         if self._job:
             return f"part {self.part} is being copied or checked"
-        held = sorted(self._held)
+        held = sorted(held.part for held in self._held)
         return f"release() of parts {held}, or clear()" if held else "clear()"
 
     def _message(self, event: inputs.MessageReceived) -> None:

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from kvpoll_fsm.errors import InvalidInput
-from kvpoll_fsm.messages import Frame, Message, Packet
+from kvpoll_fsm.messages import Frame, Packet
 from kvpoll_fsm.receiver_session import ReceiverSession
 from kvpoll_fsm.session import RoomKey, Session
 from kvpoll_fsm.trace import EndpointRecord, MessageRecord, PartEntry, Record, StateRecord, encode_line
@@ -21,8 +21,6 @@ __all__ = ["Recorder"]
 
 log = logging.getLogger("kvpoll_fsm")
 RING_RECORDS = 4096
-_OPENED = (1, 0)
-"""A room's first state has been recorded: one value for all that wait there."""
 
 
 class Recorder:
@@ -39,7 +37,6 @@ class Recorder:
         self._endpoint = incarnation.hex()
         self._path = path
         self._ring: deque[Record] = deque(maxlen=ring)
-        self._seen: dict[RoomKey, tuple[int, int]] = {}
         self._file: BinaryIO | None = None
 
     def start(self) -> None:
@@ -55,26 +52,28 @@ class Recorder:
                 raise InvalidInput(f"trace={str(self._path)!r}: {error}") from error
             self._write(self._header())
 
-    def message(self, peer: bytes | None, way: str, message: Message) -> None:
-        """A room message left ("out") or was delivered ("in")."""
-        shown = cast("dict[str, Any]", message)  # encoded as a map like any other struct
-        self._write(MessageRecord(time.monotonic(), self._endpoint, (peer or b"").hex(), way, shown))
-
     def frame(self, way: str, packet: Packet) -> None:
         """The messages of a packet left ("out") or arrived ("in")."""
-        if isinstance(packet, Frame):
-            peer = packet.target if way == "out" else packet.source
-            for message in packet.messages:
-                self.message(peer, way, message)
-
-    def room(self, key: RoomKey, session: Session, peer: bytes | None) -> None:
-        """Record what is new in a room: states entered, parts decided."""
-        states, parts = self._seen.get(key, (0, 0))
-        now = (len(session.history), len(session.parts))
-        if now == (states, parts):
+        if not isinstance(packet, Frame) or not packet.messages:
             return
-        self._seen[key] = _OPENED if now == _OPENED else now
-        common = self._common(key, session, peer)
+        now_s, peer = time.monotonic(), (packet.target if way == "out" else packet.source).hex()
+        for message in packet.messages:
+            shown: Any = message  # encoded as a map like any other struct
+            self._write(MessageRecord(now_s, self._endpoint, peer, way, shown))
+
+    def room(
+        self, key: RoomKey, session: Session, states: int, parts: int, peer_of: Callable[[Session], bytes | None]
+    ) -> None:
+        """Record what is new in a room.
+
+        Args:
+            key: Which.
+            session: What is said of it now.
+            states: How many of the states that it has gone through were recorded before.
+            parts: How many of the parts that have an outcome were.
+            peer_of: Tells a receiver's sender.
+        """
+        common = self._common(key, session, peer_of(session))
         for part in session.parts[parts:]:
             entry = PartEntry(
                 **common,
@@ -91,10 +90,6 @@ class Recorder:
             self._write(
                 StateRecord(**common, state=state.name, gate=session.gate.value if present else "", cause=cause)
             )
-
-    def forget(self, key: RoomKey) -> None:
-        """The room is over."""
-        self._seen.pop(key, None)
 
     def records(self) -> list[Record]:
         """The header and the records in the ring, oldest first."""

@@ -97,7 +97,8 @@ class Requests:
         driver, key = self._driver, view.key
         if key is None:
             return
-        if key in driver.core.sessions:
+        session = driver.core.sessions.get(key)
+        if session is not None and not session.state.is_terminal:
             driver.outgoing.sources[key] = source
             driver.meter.supplied(key)
         driver.core.feed(key, supplied)

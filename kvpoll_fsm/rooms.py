@@ -14,6 +14,14 @@ from kvpoll_fsm.session import RoomKey, Session
 __all__ = ["Rooms"]
 
 
+_Place = int | tuple[int, int]
+
+
+def _place(side: str, room: int, rank: int) -> _Place:
+    """What tells the open lives apart: a sender's number alone, so that there is no more to keep for it."""
+    return room if side == "sender" else (room, rank)
+
+
 class Rooms:
     """Sessions by key, and the keys by room.
 
@@ -27,7 +35,7 @@ class Rooms:
     def __init__(self) -> None:
         self.sessions: dict[RoomKey, Session] = {}
         self.by_conn: dict[int, dict[RoomKey, None]] = {}
-        self._open: dict[tuple[str, int, int], RoomKey] = {}
+        self._open: dict[_Place, RoomKey] = {}
         self._cleared: dict[int, dict[RoomKey, None]] = {}  # by room: earlier lives that are not over
         self._generation = 0
 
@@ -37,7 +45,7 @@ class Rooms:
         Raises:
             DuplicateRoom: It is open and was not cleared.
         """
-        if (side, room, rank) in self._open:
+        if _place(side, room, rank) in self._open:
             raise DuplicateRoom(side, room, rank)
         self._generation += 1
         return RoomKey(side, room, rank, self._generation)
@@ -45,12 +53,12 @@ class Rooms:
     def add(self, key: RoomKey, session: Session) -> None:
         """A life begins."""
         self.sessions[key] = session
-        self._open[key.side, key.room, key.rank] = key
+        self._open[_place(key.side, key.room, key.rank)] = key
 
     def clear(self, key: RoomKey) -> None:
         """The number may be used again; the life goes on until it is over."""
         if self.is_open(key):
-            del self._open[key.side, key.room, key.rank]
+            del self._open[_place(key.side, key.room, key.rank)]
             self._cleared.setdefault(key.room, {})[key] = None
 
     def join(self, session: Session, conn: int) -> None:
@@ -69,18 +77,18 @@ class Rooms:
 
     def is_open(self, key: RoomKey) -> bool:
         """Whether this life of the room is the open one: not cleared, not opened again."""
-        return self._open.get((key.side, key.room, key.rank)) == key
+        return self._open.get(_place(key.side, key.room, key.rank)) == key
 
     def open_sender(self, room: int) -> SenderSession | None:
         """The sender's side of a room, if it is open here."""
-        key = self._open.get(("sender", room, 0))
+        key = self._open.get(room)
         session = self.sessions.get(key) if key else None
         return session if isinstance(session, SenderSession) else None
 
     def open_receivers(self, room: int, ranks: int) -> Iterator[ReceiverSession]:
         """The receivers of a room that are open and live here."""
         for rank in range(ranks):
-            key = self._open.get(("receiver", room, rank))
+            key = self._open.get((room, rank))
             session = self.sessions.get(key) if key else None
             if isinstance(session, ReceiverSession) and not session.state.is_terminal:
                 yield session
@@ -105,7 +113,7 @@ class Rooms:
         if message.sender_generation:
             key = RoomKey("sender", message.room, 0, message.sender_generation)
             return key if key in self.sessions else None
-        newest = self._open.get(("sender", message.room, 0))
+        newest = self._open.get(message.room)
         candidates: tuple[RoomKey | None, ...] = (newest, *self._cleared.get(message.room, ()))
         for candidate in candidates:
             if candidate is None or candidate.side != "sender":

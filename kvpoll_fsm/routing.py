@@ -19,7 +19,7 @@ from kvpoll_fsm.parking import Parking, Told, refusal
 from kvpoll_fsm.peers import Peers
 from kvpoll_fsm.rooms import Rooms
 from kvpoll_fsm.sender_session import SenderSession
-from kvpoll_fsm.session import RoomKey, Session
+from kvpoll_fsm.session import RoomKey
 
 __all__ = ["Router"]
 
@@ -76,11 +76,12 @@ class Router:
             self.parking.dismiss(conn, abort)
             self._peers.push(conn, abort)
 
-    def send(self, session: Session, command: Send) -> None:
+    def send(self, key: RoomKey, command: Send) -> None:
         """Queue what a room has to say; the reservation of a rank that it ends without having let it in is void."""
-        never_opened = isinstance(session, SenderSession) and not session.was_opened
-        if never_opened and isinstance(command.message, messages.Abort) and command.conn in self._peers.connections:
-            self.parking.dismiss(command.conn, command.message)
+        if isinstance(command.message, messages.Abort) and command.conn in self._peers.connections:
+            session = self._rooms.sessions[key]
+            if isinstance(session, SenderSession) and not session.was_opened:
+                self.parking.dismiss(command.conn, command.message)
         self._peers.push(command.conn, command.message)
 
     def refuse(self, reason: str) -> None:
@@ -102,13 +103,14 @@ class Router:
         self._give(key, conn, message)
 
     def _give(self, key: RoomKey, conn: int, message: Message) -> None:
-        connection = self._peers.connections[conn]
-        if isinstance(message, (messages.Reserve, messages.Resume)):  # a new grant: it asks anew how things stand
-            connection.news.add(key)
-        problem = connection.problem_of(message)
-        of_room = self._rooms.sessions[key].binds
-        stranger = isinstance(message, messages.Resume) and not of_room(conn, message.rank, message.receiver_generation)
-        if problem and not stranger:
-            self._out.feed(key, inputs.AbortRoom(problem, FailureCode.ProtocolError))
-        else:
-            self._out.feed(key, inputs.MessageReceived(conn, message))
+        if isinstance(message, (messages.Reserve, messages.Resume)):
+            connection = self._peers.connections[conn]
+            connection.news.add(key)  # a new grant: it asks anew how things stand
+            problem = connection.problem_of(message.grant)
+            if problem and (isinstance(message, messages.Reserve) or self._is_bound(key, conn, message)):
+                self._out.feed(key, inputs.AbortRoom(problem, FailureCode.ProtocolError))
+                return
+        self._out.feed(key, inputs.MessageReceived(conn, message))
+
+    def _is_bound(self, key: RoomKey, conn: int, message: messages.Resume) -> bool:
+        return self._rooms.sessions[key].binds(conn, message.rank, message.receiver_generation)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvpoll_fsm.errors import PolicyError
@@ -47,16 +46,18 @@ class Policy:
             raise PolicyError(text, "require takes exactly one transport")
         return cls(mode, names)
 
-    def candidates(self, ours: Iterable[str], theirs: Iterable[str]) -> tuple[str, ...]:
+    def candidates(self, ours: Collection[str], theirs: Collection[str]) -> tuple[str, ...]:
         """The transports this policy allows that both sides have, best first."""
-        common = set(ours) & set(theirs)
-        return tuple(name for name in self.names if name in common)
+        return tuple([name for name in self.names if name in ours and name in theirs])
 
-    def missing(self, ours: Iterable[str], theirs: Iterable[str]) -> tuple[str, ...]:
+    def missing(self, ours: Collection[str], theirs: Collection[str]) -> tuple[str, ...]:
         """Why the transports before the first candidate are none: which side does not have them."""
-        here, there = set(ours), set(theirs)
-        before = itertools.takewhile(lambda name: name not in here & there, self.names)
-        return tuple(f"{name}: the {'receiver' if name in here else 'sender'} does not have it" for name in before)
+        missing: tuple[str, ...] = ()
+        for name in self.names:
+            if name in ours and name in theirs:
+                break
+            missing += (f"{name}: the {'receiver' if name in ours else 'sender'} does not have it",)
+        return missing
 
     def __str__(self) -> str:
         return f"{self.mode}:{','.join(self.names)}"

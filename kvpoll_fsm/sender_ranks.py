@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from msgspec import Struct
 
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import Preflight
@@ -20,8 +22,7 @@ from kvpoll_fsm.session import RoomKey, Session
 __all__ = ["SenderOptions", "SenderRanks"]
 
 
-@dataclass(frozen=True, slots=True)
-class SenderOptions:
+class SenderOptions(Struct, frozen=True):
     """What a sender's room is opened with.
 
     Attributes:
@@ -37,6 +38,9 @@ class SenderOptions:
     transports: tuple[str, ...]
     block_tokens: int
     max_part_tokens: int = 0
+
+
+_NO_SLOTS: Mapping[int, RankSlot] = MappingProxyType({})
 
 
 class SenderRanks(Session):
@@ -71,7 +75,7 @@ class SenderRanks(Session):
         super().__init__(room_key, deadlines)
         self.options = options
         self.required = options.required_ranks
-        self.slots: dict[int, RankSlot] = {}
+        self.slots: Mapping[int, RankSlot] = _NO_SLOTS
         self.ledger = Ledger()
         self.ready_tokens = 0
         self.staged = False
@@ -148,7 +152,7 @@ class SenderRanks(Session):
         if not bound:
             contested = self._replaced(message.rank, conn)
             slot = RankSlot(conn, message.receiver_generation, message.dummy, contested=contested)
-            self.slots[message.rank] = slot
+            self.slots = {**self.slots, message.rank: slot}
         if message.grant is not None:
             self._take_grant(message.rank, self.slots[message.rank], message.grant)
         self._try_bootstrap()
@@ -210,12 +214,13 @@ class SenderRanks(Session):
         if grant.part != self.part or slot.dummy or slot.grant is not None:
             return self._violation(rank, f"a grant for part {grant.part} while part {self.part} is next")
         slot.grant, slot.waits_for_blocks = grant, False
-        offered = self.options.policy.candidates(self.options.transports, grant.transports)
+        policy, ours, theirs = self.options.policy, self.options.transports, grant.transports
+        offered = policy.candidates(ours, theirs)
         if slot.reachable and not slot.stale and slot.transports[0] in offered:
             slot.transports = tuple(name for name in slot.transports if name in offered)
             return
-        slot.choose(offered, self.options.policy.missing(self.options.transports, grant.transports))
-        self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(grant.transports)}")
+        slot.choose(offered, policy.missing(ours, theirs))
+        self._preflight(rank, slot, f"offered by rank {rank}: {', '.join(theirs)}")
 
     def _preflight(self, rank: int, slot: RankSlot, why_none: str) -> None:
         slot.reaching = slot.resort()
@@ -289,7 +294,10 @@ class SenderRanks(Session):
     def _vacate(self, rank: int, slot: RankSlot) -> None:
         """A rank that was contested gave up: the other, which was told to try again, may have its place."""
         self._send(slot.conn, messages.Quiesced(**self._ids(rank)))
-        del self.slots[rank]
+        self._forget(rank)
+
+    def _forget(self, rank: int) -> None:
+        self.slots = {other: slot for other, slot in self.slots.items() if other != rank}
 
     def _violation(self, rank: int, what: str) -> None:
         self._fail(self._cause(FailureCode.ProtocolError, what, rank))

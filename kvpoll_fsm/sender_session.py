@@ -8,17 +8,33 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from msgspec import structs
+
 from kvpoll_fsm import inputs, messages
 from kvpoll_fsm.commands import CancelPart, Grant, Release
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.events import LifecycleEvent, PartDone
 from kvpoll_fsm.ledger import is_last_part, part_tokens
+from kvpoll_fsm.lifecycle import OPEN
 from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.rank_slot import RankSlot
 from kvpoll_fsm.sender_attempts import SenderAttempts
 from kvpoll_fsm.sender_ranks import SenderOptions, SenderRanks
-from kvpoll_fsm.session import GATE_TIMER, ROOM_TIMER, PartRecord, Session
+from kvpoll_fsm.session import (
+    BOOTSTRAPPING,
+    CLOSED,
+    GATE_TIMER,
+    MOVING,
+    QUEUED,
+    ROOM_TIMER,
+    WAITING_BLOCKS,
+    WAITING_OUTCOME,
+    WAITING_RANKS,
+    WAITING_RESUME,
+    PartRecord,
+    Session,
+)
 
 __all__ = ["RankSlot", "SenderOptions", "SenderSession"]
 
@@ -36,30 +52,26 @@ class SenderSession(SenderAttempts):
 
     # What the session is asked
 
-    @property
-    def gate(self) -> Gate:
-        """What the room waits for."""
+    def _present_gate(self) -> Gate:
+        """What the room waits for now."""
         if self.state.is_terminal:
-            return Gate.closed
-        if self.state is KVPoll.Bootstrapping:
-            return Gate.waiting_ranks
+            return CLOSED
+        if self.state is BOOTSTRAPPING:
+            return WAITING_RANKS
         if self._phase == "leasing":
-            return Gate.waiting_blocks
+            return WAITING_BLOCKS
         if self._phase == "moving":
-            unreported = any(not (s.reported or s.dummy) for s in self.slots.values())
-            return Gate.moving if unreported else Gate.waiting_outcome
-        return Gate.queued if self._all_granted() else Gate.waiting_resume
+            unreported = any(not (slot.reported or slot.dummy) for slot in self.slots.values())
+            return MOVING if unreported else WAITING_OUTCOME
+        return QUEUED if self._all_granted() else WAITING_RESUME
 
     def _told_gate(self, gate: Gate) -> Gate:
         """What heartbeats say: a sender whose receivers wait for blocks waits for blocks."""
         return Gate.waiting_blocks if gate in _GATES_OF_RANKS and self._ranks_without_blocks() else gate
 
-    @property
-    def quiescent(self) -> bool:
-        """Terminal, and no write of this room can land or read its source any more."""
-        if not self.state.is_terminal or self._blocks:
-            return False
-        return not any(slot.in_flight or slot.reading for slot in self.slots.values())
+    def _nothing_lands(self) -> bool:
+        """Whether a room that is terminal is quiescent, too."""
+        return not (self._blocks or any(slot.in_flight or slot.reading for slot in self.slots.values()))
 
     def clone(self) -> SenderSession:
         """A copy that shares nothing mutable."""
@@ -67,7 +79,7 @@ class SenderSession(SenderAttempts):
         self._copy_base(copy)
         copy.required, copy.ready_tokens, copy.staged = self.required, self.ready_tokens, self.staged
         copy._turned_away, copy.tries = self._turned_away, self.tries
-        copy.slots = {rank: replace(slot) for rank, slot in self.slots.items()}
+        copy.slots = {rank: structs.replace(slot) for rank, slot in self.slots.items()}
         copy.ledger = self.ledger.clone()
         copy.part, copy._tokens, copy._phase, copy._blocks = self.part, self._tokens, self._phase, self._blocks
         return copy
@@ -96,7 +108,7 @@ class SenderSession(SenderAttempts):
     def _try_part(self) -> None:
         """Start the next part if grants and data are there."""
         remaining = self.ledger.remaining_tokens
-        idle = self._phase == "idle" and self.state in (KVPoll.WaitingForInput, KVPoll.Transferring)
+        idle = self._phase == "idle" and self.state in OPEN
         if not idle or not remaining or not self._all_granted():
             return
         capacities = tuple(slot.grant.tokens for slot in self.slots.values() if slot.grant)
@@ -260,7 +272,7 @@ class SenderSession(SenderAttempts):
         lost = [rank for rank, slot in self.slots.items() if slot.conn == event.conn]
         if self.state is KVPoll.Bootstrapping:
             for rank in lost:
-                del self.slots[rank]
+                self._forget(rank)
             return
         for rank in lost:
             self.slots[rank].close()

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from kvpoll_fsm.commands import CancelTimer, Command, Send, SetTimer
 from kvpoll_fsm.deadlines import Deadlines, Gate
 from kvpoll_fsm.errors import Failure, FailureCode
 from kvpoll_fsm.events import Aborted, DeadlinePassed, LifecycleEvent, PeerLost, ProtocolError
 from kvpoll_fsm.inputs import AbortRoom, ClearRoom, Crashed, Input, TimerFired, Worked
-from kvpoll_fsm.lifecycle import Lifecycle
+from kvpoll_fsm.lifecycle import after
 from kvpoll_fsm.messages import Beat, Message
 from kvpoll_fsm.poll import KVPoll
 
@@ -25,6 +25,15 @@ __all__ = ["PartRecord", "RoomKey", "Session"]
 
 GATE_TIMER = "gate"
 ROOM_TIMER = "room"
+QUARANTINE_TIMER = "quarantine"
+
+# Asked for at every input; before Python 3.12 it costs as much as a call to reach a member through its enumeration.
+BOOTSTRAPPING = KVPoll.Bootstrapping
+CLOSED, MOVING, QUEUED = Gate.closed, Gate.moving, Gate.queued
+WAITING_RANKS, WAITING_RESUME = Gate.waiting_ranks, Gate.waiting_resume
+WAITING_BLOCKS, WAITING_OUTCOME = Gate.waiting_blocks, Gate.waiting_outcome
+
+_AT_FIRST = (BOOTSTRAPPING,)
 
 _LIFECYCLE_EVENT: dict[FailureCode, LifecycleEvent] = {
     FailureCode.PeerLost: PeerLost(),
@@ -39,7 +48,7 @@ _LIFECYCLE_EVENT: dict[FailureCode, LifecycleEvent] = {
 """The event a failure is to the machine; every other code is Aborted."""
 
 
-class RoomKey(Struct, frozen=True, cache_hash=True):
+class RoomKey(Struct, frozen=True, cache_hash=True, gc=False):
     """One life of a room on one side of one endpoint.
 
     Attributes:
@@ -70,10 +79,45 @@ class PartRecord:
     passed_over: str = field(default="", compare=False, repr=False)
 
 
+class Clocks(Struct, gc=False):
+    """The timers of one room: the epoch of each while it is set, else 0.
+
+    Attributes:
+        epoch: The last that was given to any of them.
+        turn: How many states and parts the room had seen when the gate's was set.
+        patience_s: Set if that was not the gate's whole time.
+    """
+
+    gate: int = 0
+    room: int = 0
+    quarantine: int = 0
+    epoch: int = 0
+    turn: int = 0
+    patience_s: float | None = None
+
+    def rings(self, name: str, epoch: int) -> bool:
+        """Take the timer as fired; returns whether it was set, and not set again since."""
+        rang = 0 < epoch == getattr(self, name, 0)
+        if rang:
+            setattr(self, name, 0)
+        return rang
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Those that are set."""
+        return frozenset(name for name in (GATE_TIMER, ROOM_TIMER, QUARANTINE_TIMER) if getattr(self, name))
+
+
 class Session:
     """Base of `SenderSession` and `ReceiverSession`.
 
+    `feed` alone changes anything but `conns` and `news`.
+
     Attributes:
+        state: Where the room stands on this side.
+        gate: What the room waits for, as of the end of the last `feed`.
+        quiescent: Terminal, and no write of this room can land or read its source any more; as of then, too.
+        late_events: Lifecycle events that came after the end and changed nothing.
         room_key: Which life of which room this is.
         deadlines: How long each gate may stay shut.
         failure: The first cause of the room's end, if it ended Failed.
@@ -85,21 +129,22 @@ class Session:
     """
 
     __slots__ = (
-        "_armed",
         "_cleared",
-        "_epoch",
-        "_gate_mark",
-        "_lifecycle",
+        "_clocks",
         "_out",
         "_told",
         "bytes_done",
         "conns",
         "deadlines",
         "failure",
+        "gate",
         "history",
+        "late_events",
         "news",
         "parts",
+        "quiescent",
         "room_key",
+        "state",
     )
 
     _handlers: ClassVar[dict[type, Callable[[Any, Any], None]]] = {}
@@ -108,33 +153,27 @@ class Session:
     def __init__(self, room_key: RoomKey, deadlines: Deadlines) -> None:
         self.room_key = room_key
         self.deadlines = deadlines
+        self.state = BOOTSTRAPPING
+        self.gate = WAITING_RANKS
+        self.quiescent = False
+        self.late_events = 0
         self.failure: Failure | None = None
-        self.history: tuple[KVPoll, ...] = (KVPoll.Bootstrapping,)
+        self.history: tuple[KVPoll, ...] = _AT_FIRST
         self.parts: tuple[PartRecord, ...] = ()
         self.bytes_done = 0
         self.conns: tuple[int, ...] = ()
         self.news = False
         self._told: Gate | None = None
-        self._lifecycle = Lifecycle()
         self._cleared = False
-        self._epoch = 0
-        self._armed: dict[str, int] = {}
-        self._gate_mark: tuple[Any, ...] = ()
-        self._out: list[Command] = []
+        self._clocks = Clocks()
+        self._out: list[Command] | None = None
 
-    @property
-    def state(self) -> KVPoll:
-        """Where the room stands on this side."""
-        return self._lifecycle.state
+    def _present_gate(self) -> Gate:
+        """What the room waits for now."""
+        raise NotImplementedError
 
-    @property
-    def late_events(self) -> int:
-        """Lifecycle events that came after the end and changed nothing."""
-        return self._lifecycle.late_events
-
-    @property
-    def gate(self) -> Gate:
-        """What the room waits for."""
+    def _nothing_lands(self) -> bool:
+        """Whether a room that is terminal is quiescent, too."""
         raise NotImplementedError
 
     @property
@@ -161,12 +200,7 @@ class Session:
     @property
     def timed(self) -> bool:
         """A deadline runs for the present gate, and one for the whole room."""
-        return GATE_TIMER in self._armed and ROOM_TIMER in self._armed
-
-    @property
-    def quiescent(self) -> bool:
-        """Terminal, and no write of this room can land or read its source any more."""
-        raise NotImplementedError
+        return bool(self._clocks.gate and self._clocks.room)
 
     @property
     def finished(self) -> bool:
@@ -183,49 +217,48 @@ class Session:
         if handler is not None:
             handler(self, event)  # what it asked for before it raised is returned by the next feed()
         self._regate()
-        out, self._out = self._out, []
-        return out
+        out, self._out = self._out, None
+        return out or []
 
-    def feed_safely(self, event: Input) -> list[Command]:
-        """As `feed`; an exception fails this room and nothing else."""
-        try:
-            return self.feed(event)
-        except Exception as error:  # any bug in a session must stay in its room
-            if isinstance(event, Crashed):
-                raise
-            return self.feed(Crashed(f"{type(error).__name__} at {type(event).__name__}: {error}"))
+    def crash(self, event: Input, error: Exception) -> list[Command]:
+        """What is to be done after `feed` raised this: it fails this room, unless that is what it failed to do."""
+        if isinstance(event, Crashed):
+            raise error
+        return self.feed(Crashed(f"{type(error).__name__} at {type(event).__name__}: {error}"))
 
     def key(self) -> tuple[Any, ...]:
         """Canonical plain value of the state; equal keys behave alike."""
         return (
             self.room_key,
-            self._lifecycle.key(),
+            int(self.state),
             self.failure and self.failure.code,
             self._cleared,
             self.bytes_done,
-            frozenset(self._armed),
+            self._clocks.running,
         )
 
     def _copy_base(self, copy: Session) -> None:
-        copy.failure = self.failure
+        copy.state, copy.gate, copy.quiescent = self.state, self.gate, self.quiescent
+        copy.failure, copy.late_events = self.failure, self.late_events
         copy.history, copy.parts = self.history, self.parts
         copy.bytes_done = self.bytes_done
-        copy._lifecycle = self._lifecycle.clone()
         copy._cleared = self._cleared
-        copy._epoch = self._epoch
-        copy._armed = dict(self._armed)
-        copy._gate_mark = self._gate_mark
+        copy._clocks = structs.replace(self._clocks)
         copy.conns, copy.news, copy._told = self.conns, self.news, self._told
 
     def _do(self, command: Command) -> None:
+        if self._out is None:
+            self._out = []
         self._out.append(command)
 
     def _send(self, conn: int, message: Message) -> None:
-        self._out.append(Send(conn, message))
+        self._do(Send(conn, message))
 
     def _apply(self, event: LifecycleEvent) -> None:
         before = self.state
-        if self._lifecycle.apply(event) is not before:
+        self.state = after(before, event)
+        self.late_events += before.is_terminal
+        if self.state is not before:
             self.history = (*self.history, self.state)
 
     def _fail(self, failure: Failure, event: LifecycleEvent | None = None, *, tell: bool = True) -> None:
@@ -253,25 +286,31 @@ class Session:
         return Failure.of(code, detail, state=self.state, rank=rank)
 
     def _arm(self, name: str, after_s: float) -> None:
-        self._epoch += 1
-        self._armed[name] = self._epoch
-        self._do(SetTimer(name, after_s, self._epoch))
+        clocks = self._clocks
+        clocks.epoch += 1
+        setattr(clocks, name, clocks.epoch)
+        self._do(SetTimer(name, after_s, clocks.epoch))
 
     def _disarm(self, name: str) -> None:
-        if self._armed.pop(name, None) is not None:
+        if getattr(self._clocks, name):
+            setattr(self._clocks, name, 0)
             self._do(CancelTimer(name))
 
     def _regate(self, *, renew: bool = False) -> None:
-        """Keep the gate's timer: a new gate starts its clock, a terminal state stops all."""
-        gate = self.gate
-        if gate is Gate.closed:
-            self._disarm(GATE_TIMER)
-            self._disarm(ROOM_TIMER)
+        """Keep the gate, and its timer: a new gate starts its clock, a terminal state stops all."""
+        before, gate = self.gate, self._present_gate()
+        self.gate = gate
+        clocks = self._clocks
+        if gate is CLOSED:
+            self.quiescent = self._nothing_lands()
+            if gate is not before:
+                self._disarm(GATE_TIMER)
+                self._disarm(ROOM_TIMER)
             return
-        patience_s = self._patience_s() if gate is Gate.moving else None
-        mark = (self.state, gate, len(self.parts), patience_s)
-        if renew or mark != self._gate_mark:
-            self._gate_mark = mark
+        patience_s = self._patience_s() if gate is MOVING else None
+        turn = len(self.history) + len(self.parts)
+        if renew or gate is not before or turn != clocks.turn or patience_s != clocks.patience_s:
+            clocks.turn, clocks.patience_s = turn, patience_s
             self._arm(GATE_TIMER, self.deadlines.of(self.state, gate) if patience_s is None else patience_s)
         told = self._told_gate(gate)
         if told is not self._told:
@@ -287,9 +326,8 @@ class Session:
             self._regate(renew=True)
 
     def _timer_fired(self, event: TimerFired) -> None:
-        if self._armed.get(event.name) != event.epoch:
+        if not self._clocks.rings(event.name, event.epoch):
             return
-        del self._armed[event.name]
         if event.name == ROOM_TIMER:
             limit = self.deadlines.room_timeout_s
             self._fail(self._cause(FailureCode.DeadlinePassed, f"the room outlived {limit:g} s", self._own_rank))

@@ -92,7 +92,7 @@ class Capabilities:
     listens: bool = False
 
 
-class LeaseId(Struct, frozen=True, cache_hash=True):
+class LeaseId(Struct, frozen=True, cache_hash=True, gc=False):
     """(room, generation, part) on one rank of the receiving endpoint: the holder of blocks."""
 
     side: str
@@ -230,7 +230,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """End the link; tickets in flight end Failed. May be called twice."""
+        """End the link; tickets in flight end Failed. May be called twice. In a forked child it does nothing."""
         ...
 
 
@@ -318,7 +318,10 @@ class Transport(Protocol):
         ...
 
     def fileno(self) -> int | None:
-        """Readable when `completions()` has something, and not for long without; None asks to be polled at an interval.
+        """Readable when `completions()` has something, and not for long without; None asks to be polled.
+
+        Then `completions()` is called every millisecond while a ticket, a link or a fence of ours is under way, else
+        with each heartbeat alone. So a receiver needs threads of its own, or a file descriptor, for what others write.
 
         The same from `start()` to `close()`; None before and after.
         """

@@ -84,7 +84,7 @@ class BlockGrant(msgspec.Struct, frozen=True):
     @property
     def transports(self) -> tuple[str, ...]:
         """Names of the transports offered."""
-        return tuple(name for name, _ in self.tokens_by_transport)
+        return tuple([name for name, _ in self.tokens_by_transport])
 
     def token(self, transport: str) -> bytes:
         """The token for one of `transports`.

@@ -18,7 +18,7 @@ __all__ = ["Lane", "Prepared", "Ticket", "Writing", "batches", "cancel_all"]
 log = logging.getLogger("kvpoll_fsm")
 
 
-@dataclass
+@dataclass(slots=True)
 class Prepared:
     """A part that is ready to be written: where it lies, and its checksum if one is wanted."""
 
@@ -27,7 +27,7 @@ class Prepared:
     checksum: bytes | None
 
 
-@dataclass
+@dataclass(slots=True)
 class Ticket:
     """Bytes under one ticket: in all, and landed so far."""
 
@@ -35,7 +35,7 @@ class Ticket:
     landed: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Writing:
     """The writes of one part to one rank.
 
@@ -63,7 +63,7 @@ class Writing:
     reported: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Lane:
     """One link: the writings that have batches left for it, and how many tickets are in flight on it."""
 

@@ -115,6 +115,16 @@ def test_news_with_the_name_of_who_brings_it(bench: Bench) -> None:
     assert list(bench.carriers.news()) == []
 
 
+def test_one_whose_file_has_nothing_to_read_is_asked_only_with_all_others(bench: Bench) -> None:
+    bench.start()
+    for each in bench.transports.values():
+        each.said = [LinkUp(2)]
+    assert list(bench.carriers.news(set())) == [("b", LinkUp(2))], "it has no file to show that it has news"
+    assert list(bench.carriers.news({7})) == [("a", LinkUp(2))]
+    bench.transports["a"].said = [LinkUp(3)]
+    assert list(bench.carriers.news()) == [("a", LinkUp(3))]
+
+
 def test_one_that_breaks_is_closed_first_and_then_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.start()
     bench.transports["a"].problems["completions"] = MemoryError("native heap")

@@ -107,3 +107,7 @@ def test_keys_must_be_there_and_closed_to_others(tmp_path: Path) -> None:
     public.chmod(0o600)
     with pytest.raises(InvalidInput, match=r"give the \.key_secret file"):
         Endpoint(pool=pool(1), keys=public, authorized=tmp_path)
+
+
+def test_its_text_does_not_show_what_transports_were_given() -> None:
+    assert "hunter2" not in repr(config(transport_options={"tcp": {"password": "hunter2"}}))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm import ConfigError, Deadlines, Endpoint, InvalidInput, Limits
-from kvpoll_fsm.configuration import FILE_VARIABLE, Resolved, resolve
+from kvpoll_fsm.configuration import FILE_VARIABLE, Given, Resolved, resolve
+from kvpoll_fsm.settings import SETTINGS
 from tests.helpers import pool
 
 Environ = dict[str, str]
@@ -171,7 +172,6 @@ def test_an_endpoint_reads_both(file: Path, monkeypatch: pytest.MonkeyPatch, cap
         ('listen = "tcp://10.0.0.1:0"', "listen", "tcp://10.0.0.1:0", "pass keys="),
         ('keys = "/nowhere/me.key_secret"', "keys", "/nowhere/me.key_secret", "go together"),
         ('checksum = "on"', "checksum", "on", "choose one of"),
-        ('control_socket = ""', "control_socket", "", "give"),
         ("wrokers = 2", "wrokers", 2, r"did you mean workers\?"),
         ("qqq = 2", "qqq", 2, "kvpoll config"),
         ("deadlines = 5", "deadlines", 5, r"give a table: \[deadlines\]"),
@@ -245,6 +245,38 @@ def test_of_two_mistakes_one_is_named(file: Path) -> None:
 def test_a_secret_is_not_shown(file: Path) -> None:
     error = refused(file, '[transport_options.tpc]\npassword = "hunter2"')
     assert error.value == "(hidden)"
+
+
+# Doing without
+
+NONE_BY_DEFAULT = [key for key, setting in SETTINGS.items() if setting.default is None]
+
+
+def test_what_is_empty_is_none_again(file: Path) -> None:
+    """Whichever place says so; a stronger one may."""
+    file.write_text(
+        'advertise = "tcp://h:1"\nmover_cpus = [0]\nkeys = "k"\nauthorized = "a"\ntrace = "t"\ncontrol_socket = "auto"'
+    )
+    empty: dict[str, Any] = {key[0]: () if key[0] == "mover_cpus" else "" for key in NONE_BY_DEFAULT}
+    resolved = resolve(empty, file, {})
+    assert len(NONE_BY_DEFAULT) == 6
+    assert all(resolved.given[key] == Given(None, "constructor") for key in NONE_BY_DEFAULT)
+    assert (resolved.config.mover_cpus, resolved.config.keys, resolved.config.advertise) == (None, None, None)
+
+    file.write_text('mover_cpus = []\nkeys = ""\ntrace = ""')
+    environ = {"KVPOLL_MOVER_CPUS": "0", "KVPOLL_KEYS": "k", "KVPOLL_TRACE": "t", "KVPOLL_CONTROL_SOCKET": ""}
+    resolved = resolve({}, file, environ)
+    assert resolved.given["control_socket",] == Given(None, "variable KVPOLL_CONTROL_SOCKET")
+    assert {resolved.given[key,].source for key in ("mover_cpus", "keys", "trace")} == {f"file {file}"}
+    config = resolved.config
+    assert (config.mover_cpus, config.keys, config.trace, config.control_socket) == (None, None, None, None)
+
+
+def test_what_is_not_none_by_default_is_not_so_when_empty(file: Path) -> None:
+    file.write_text('standby = ["tcp"]')
+    assert resolve({"standby": ()}, file, {}).config.standby == ()
+    with pytest.raises(InvalidInput, match="transport policy ''"):
+        resolve({"transports": ""}, file, {})
 
 
 # Variables that are none of ours

@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from kvpoll_fsm import Address, AddressError, Endpoint, FailureCode, UnsupportedVersion
+from kvpoll_fsm import control as control_module
 from kvpoll_fsm.connection import Origin, introduction
 from kvpoll_fsm.control import Control
 from kvpoll_fsm.messages import (
@@ -331,6 +332,29 @@ def test_pain_24_with_keys_only_who_is_trusted_is_heard(tmp_path: Path) -> None:
             assert failed(receiver).code is FailureCode.DeadlinePassed
             assert counts(tx) == before
         transfer(tx, rx, 3)
+
+
+# What is asked
+
+
+def test_only_sockets_with_something_to_read_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try in vain costs more than the packet that has come."""
+    read: list[object] = []
+    arrived = control_module._arrived
+
+    def noted(socket: Socket, most: int = 256) -> Iterator[list[zmq.Frame]]:
+        read.append(socket)
+        return arrived(socket, most)
+
+    monkeypatch.setattr(control_module, "_arrived", noted)
+    with raw(zmq.DEALER) as peer, controls(HERE) as [(control, address)]:
+        assert list(control.read()) == []
+        assert read == []
+        peer.connect(address.place)
+        peer.send(encode(HELLO))
+        until(lambda: control.wait(0.01) == set() and control._ready)
+        assert len(list(control.read())) == 1
+        assert set(read) == {control._router}
 
 
 # Floods

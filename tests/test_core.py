@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import typing
 from typing import Any
 
 import msgspec
 import pytest
 
 from kvpoll_fsm import messages
-from kvpoll_fsm.commands import Expose, Grant, SetTimer, StartPart
+from kvpoll_fsm.commands import Command, Expose, Grant, SetTimer, StartPart
 from kvpoll_fsm.core import Do, EndpointCore, Transmit
 from kvpoll_fsm.deadlines import Gate
 from kvpoll_fsm.errors import DuplicateRoom, Failure, FailureCode, ForeignBlock, RequestTooLarge
@@ -33,6 +34,11 @@ B, W, T, S, F = KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Transferrin
 def drained(core: EndpointCore) -> list[Any]:
     """All that a core wants done."""
     return list(itertools.chain.from_iterable(iter(core.drain, [])))
+
+
+def test_every_command_of_a_session_has_a_way() -> None:
+    ways = world().hosts["r0"].core._ways
+    assert set(ways) == set(typing.get_args(Command)) - {Expose}  # which the core itself asks for
 
 
 # Openings

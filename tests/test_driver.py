@@ -760,12 +760,12 @@ def leftovers(endpoint: Endpoint) -> dict[str, Any]:
             "tokens": into._exposed,
             "fences": into._fences,
             "destinations": into._destinations,
-            "timers": {name for name in driver._timers._current if isinstance(name, tuple) and name[0] is not None},
+            "timers": driver._timers._of.keys() - {None},
             "handles": endpoint._open,
             "leases": core.accounts.leases(),
             "queued": core.accounts.load().queued,
             "unacked": core.unacked,
-            "seen": driver.recorder._seen,
+            "metered": driver.meter._runs,
             "inbox": len(driver._inbox),
         }
         return {name: table for name, table in tables.items() if table}

@@ -119,7 +119,7 @@ def a_write_that_may_land_still() -> Pair:
 
 
 LATE_WRITE = "the sender's word, or the fence, that nothing lands any more in part 0"
-WITHOUT_SENDER = "the sender has not opened the room; is it open there, are all ranks here?"
+WITHOUT_SENDER = "the sender has not opened the room: is it open at that address, are all ranks here?"
 SCENES = [
     (only_a_sender, "tx", "waiting_ranks", "ranks not here: [0, 1]; without a usable grant: []"),
     (only_a_receiver, "rx", "waiting_ranks", WITHOUT_SENDER),

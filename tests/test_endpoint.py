@@ -586,7 +586,7 @@ def test_a_room_the_sender_never_opens(peer: str) -> None:
         receiver = rx.receiver(1, peer=address)
         failure = failed(receiver)
         assert failure.code is FailureCode.DeadlinePassed
-        assert "the sender has not opened the room; is it open there, are all ranks here?" in failure.detail
+        assert "the sender has not opened the room: is it open at that address, are all ranks here?" in failure.detail
         assert failure.rank == 0
         assert receiver.wait_quiescent(SOON_S)
         assert rx.load().free == 64

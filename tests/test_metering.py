@@ -64,7 +64,7 @@ class Bench:
 
     def sender(self, room: int = 1) -> RoomKey:
         key = RoomKey("sender", room, 0, 1)
-        self.meter.opened(key)
+        self.meter.opened()
         return key
 
     def reach(self, key: RoomKey, name: str, ok: bool = True, rank: int = 0) -> None:
@@ -86,8 +86,7 @@ class Bench:
     def end(self, key: RoomKey, code: FailureCode | None = None, parts: tuple[PartRecord, ...] = ()) -> None:
         state = KVPoll.Failed if code else KVPoll.Success
         failure = Failure.of(code, "", state=state) if code else None
-        for _ in range(2):  # it changes once more when it is quiescent
-            self.meter.looked(key, cast("Session", SimpleNamespace(state=state, failure=failure, parts=parts)))
+        self.meter.ended(key, cast("Session", SimpleNamespace(state=state, failure=failure, parts=parts)))
 
     def row(self, name: str, side: str = "sent") -> dict[str, Any]:
         found: dict[str, Any] = self.meter.report()[side][name]
@@ -253,9 +252,7 @@ def test_what_is_received() -> None:
         (4, None, (record(0, "tcp", tokens=0),)),  # a rank without data
     ]:
         key = RoomKey("receiver", room, 0, 1)
-        bench.meter.opened(key)
-        bench.meter.supplied(key)
-        bench.meter.commanded(key, Preflight(0, 1, "shm"))
+        bench.meter.opened()
         bench.end(key, code, parts)
     report = bench.meter.report()
     assert report["sent"] == {}

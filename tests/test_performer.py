@@ -6,6 +6,7 @@ from typing import Any
 from kvpoll_fsm.commands import CancelPart
 from kvpoll_fsm.effects import Changed, Do, Hangup, Transmit
 from kvpoll_fsm.performer import Performer
+from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey
 
 KEY = RoomKey("sender", 1, 0, 1)
@@ -32,17 +33,23 @@ class Tape:
 
 def perform(*effects: list[Any]) -> list[str]:
     tape: Any = Tape(*effects)
-    Performer(*[tape] * 9).carry_out()
-    return [note for note in tape.notes if note in ("do", "show", "send", "hang_up")]
+    carriers: Any = SimpleNamespace(flush=lambda: tape.notes.append("write"))
+    Performer(tape, tape, carriers, *[tape] * 6).carry_out()
+    return [note for note in tape.notes if note in ("do", "write", "show", "tell", "send", "hang_up")]
 
 
-def test_our_host_sees_what_peers_are_told_before_they_are_told() -> None:
+def test_our_host_is_told_what_peers_are_told_before_they_are_told() -> None:
     """Whatever put it on its way before the room was through: a timer in the same turn, for one."""
     packet: Any = None
     told = [Transmit(7, packet), Do(KEY, CancelPart(0)), Transmit(8, packet)]
-    assert perform(told, [Changed(KEY)]) == ["do", "show", "send", "send"]
+    assert perform(told, [Changed(KEY)]) == ["do", "write", "show", "write", "tell", "send", "send"]
+
+
+def test_nobody_is_told_where_there_is_nothing_to_tell() -> None:
+    assert perform([Do(KEY, CancelPart(0))], [Changed(KEY)]) == ["do", "write", "show", "write"]
 
 
 def test_the_last_words_are_sent_before_the_connection_ends() -> None:
     packet: Any = None
-    assert perform([Transmit(7, packet), Hangup(7), Changed(KEY)]) == ["send", "hang_up", "hang_up", "show"]
+    done = perform([Transmit(7, packet), Hangup(7), Changed(KEY)])
+    assert done == ["tell", "send", "hang_up", "hang_up", "show", "write"]

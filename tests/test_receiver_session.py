@@ -526,7 +526,7 @@ def test_blocks_that_may_be_written_are_quarantined_until_somebody_says_so(word:
 def test_a_quarantine_ends_by_force() -> None:
     rx = waiting(Rx())
     rx.feed(inputs.AbortRoom("enough"))
-    epoch = rx.session._armed["quarantine"]
+    epoch = rx.session._clocks.quarantine
     assert rx.feed(inputs.TimerFired("quarantine", epoch + 1)) == []
     assert Fence(0, force=True) in rx.feed(inputs.TimerFired("quarantine", epoch))
     assert Release(0) in rx.feed(inputs.Fenced(0))
@@ -536,7 +536,7 @@ def test_the_senders_word_that_nothing_is_in_flight_spares_the_quarantine() -> N
     rx = waiting(Rx())
     assert kinds(rx.abort(quiescent=True)) == ["Fence", "Release"]
     assert rx.session.quiescent
-    assert not rx.session._armed
+    assert not rx.session._clocks.running
 
 
 def test_before_opened_the_end_is_answered_and_afterwards_not() -> None:
@@ -634,7 +634,7 @@ def test_every_gate_has_its_clock() -> None:
 
 
 def fire(rx: Rx, timer: str = "gate") -> list[Command]:
-    return rx.feed(inputs.TimerFired(timer, rx.session._armed[timer], host_alive=True))
+    return rx.feed(inputs.TimerFired(timer, getattr(rx.session._clocks, timer), host_alive=True))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def subsets() -> list[tuple[str, ...]]:
 def test_only_what_is_named_and_common_in_the_order_named(named: tuple[str, ...]) -> None:
     policy = Policy("prefer", named)
     for ours, theirs in itertools.product(subsets(), repeat=2):
-        allowed = policy.candidates(iter(ours), iter(theirs))
+        allowed = policy.candidates(ours, theirs)
         assert set(allowed) == set(named) & set(ours) & set(theirs)
         assert list(allowed) == sorted(allowed, key=named.index)
 

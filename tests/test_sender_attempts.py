@@ -174,7 +174,7 @@ def state(tx: Tx) -> KVPoll:
 
 def fire(tx: Tx) -> list[Command]:
     """The gate's time is over."""
-    return tx.feed(inputs.TimerFired("gate", tx.session._armed["gate"]))
+    return tx.feed(inputs.TimerFired("gate", tx.session._clocks.gate))
 
 
 def armed(commands: list[Command]) -> list[float]:
@@ -183,7 +183,7 @@ def armed(commands: list[Command]) -> list[float]:
 
 def test_an_attempt_without_progress_is_given_up_while_another_transport_is_left() -> None:
     tx = writing("a", "b")
-    assert tx.session._gate_mark[-1] == 1.5  # half of stall_s, which is below fallback_s
+    assert tx.session._clocks.patience_s == 1.5  # half of stall_s, which is below fallback_s
     hurried = fire(tx)
     assert first(hurried, CancelWrites) == CancelWrites(0, 0, 0, "no bytes landed for 1.5 s")
     assert armed(hurried)[-1] == 3  # the cancel has all the time there is
@@ -213,7 +213,7 @@ def test_an_attempt_that_does_not_end_although_it_was_asked_to_ends_the_room() -
 
 def test_progress_puts_it_off() -> None:
     tx = writing("a", "b")
-    epoch = tx.session._armed["gate"]
+    epoch = tx.session._clocks.gate
     assert armed(tx.feed(inputs.Progress(0, 100))) == [1.5]
     assert tx.feed(inputs.TimerFired("gate", epoch)) == []
 
@@ -231,14 +231,14 @@ def test_ranks_without_another_transport_are_let_alone() -> None:
 def test_a_port_that_does_not_answer_in_the_middle_of_a_part_is_not_waited_for() -> None:
     tx = writing("a", "b", "c")
     tx.written(ok=False, transport="a", detail="reset")
-    assert tx.session._gate_mark[-1] == 1.5
+    assert tx.session._clocks.patience_s == 1.5
     assert [c for c in fire(tx) if isinstance(c, Preflight)] == [Preflight(0, 10, "c")]
     assert tx.preflight(transport="b") == []  # too late
     assert again(tx.preflight(transport="c"))[3:5] == (1, "c")
     assert tx.session.slots[0].passed_over[1] == "b to rank 0: its port was not reached for 1.5 s"
     alone = writing("a", "b")
     alone.written(ok=False, transport="a", detail="reset")
-    assert alone.session._gate_mark[-1] is None
+    assert alone.session._clocks.patience_s is None
     fire(alone)
     assert state(alone) is KVPoll.Failed
 

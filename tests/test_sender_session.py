@@ -847,7 +847,7 @@ def test_every_gate_has_its_clock() -> None:
 
 
 def fire(tx: Tx, *, host_alive: bool = False) -> list[Command]:
-    return tx.feed(inputs.TimerFired("gate", tx.session._armed["gate"], host_alive))
+    return tx.feed(inputs.TimerFired("gate", tx.session._clocks.gate, host_alive))
 
 
 @pytest.mark.parametrize(
@@ -898,7 +898,7 @@ def test_no_other_gate_is_renewed_by_a_living_host(reach: Any) -> None:
 
 def test_a_stale_timer_does_nothing() -> None:
     tx = Tx().opened(None)
-    epoch = tx.session._armed["gate"]
+    epoch = tx.session._clocks.gate
     fire(tx, host_alive=True)
     assert tx.feed(inputs.TimerFired("gate", epoch)) == []
     assert tx.feed(inputs.TimerFired("unknown", 1)) == []

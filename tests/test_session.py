@@ -21,15 +21,13 @@ class Plain(Session):
 
     told: list[Failure]
 
-    @property
-    def gate(self) -> Gate:
+    def _present_gate(self) -> Gate:
         if self.state.is_terminal:
             return Gate.closed
         return Gate.waiting_ranks if self.state is KVPoll.Bootstrapping else Gate.queued
 
-    @property
-    def quiescent(self) -> bool:
-        return self.state.is_terminal
+    def _nothing_lands(self) -> bool:
+        return True
 
     def awaited(self) -> str:
         return "nothing in particular"
@@ -136,8 +134,8 @@ def test_a_key_names_the_state(session: Plain) -> None:
 def test_a_bare_session_does_nothing_by_itself() -> None:
     bare = Session(KEY, DEADLINES)
     for ask in (
-        lambda: bare.gate,
-        lambda: bare.quiescent,
+        bare._present_gate,
+        bare._nothing_lands,
         lambda: bare.binds(1, 2, 3),
         lambda: bare.beats(1, True, False),
         bare.clone,

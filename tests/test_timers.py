@@ -33,7 +33,7 @@ def test_fire_once_and_in_order() -> None:
     assert timers.next_in_s() == 1.0
     clock.now += 3.0
     assert timers.next_in_s() == 0.0
-    assert timers.due() == [("early", 2), ("late", 1)]
+    assert timers.due() == [(None, "early", 2), (None, "late", 1)]
     assert timers.due() == []
     assert timers.next_in_s() == 6.0
     assert len(timers) == 1
@@ -44,7 +44,7 @@ def test_equal_times_fire_in_the_order_they_were_set() -> None:
     for name in "cab":
         timers.set(name, 1.0)
     clock.now += 1.0
-    assert [name for name, _ in timers.due()] == ["c", "a", "b"]
+    assert [name for _, name, _ in timers.due()] == ["c", "a", "b"]
 
 
 def test_setting_again_replaces() -> None:
@@ -56,7 +56,7 @@ def test_setting_again_replaces() -> None:
     clock.now += 1.0
     assert timers.due() == []
     clock.now += 4.0
-    assert timers.due() == [("x", 2)]
+    assert timers.due() == [(None, "x", 2)]
 
 
 def test_a_cancelled_timer_neither_fires_nor_wakes() -> None:
@@ -67,14 +67,14 @@ def test_a_cancelled_timer_neither_fires_nor_wakes() -> None:
     timers.cancel("never set")
     assert timers.next_in_s() == 2.0
     clock.now += 2.0
-    assert timers.due() == [("y", 0)]
+    assert timers.due() == [(None, "y", 0)]
 
 
 def test_may_be_set_again_while_those_due_are_handled() -> None:
     timers, clock = make()
     timers.set("tick", 1.0)
     clock.now += 1.0
-    for name, _ in timers.due():
+    for _, name, _ in timers.due():
         timers.set(name, 1.0)
     assert timers.next_in_s() == 1.0
 
@@ -92,9 +92,24 @@ def test_a_timer_renewed_for_ever_takes_no_more_room() -> None:
 def test_cancelled_timers_take_no_room_for_long() -> None:
     timers, clock = make()
     for n in range(10_000):
-        timers.set(n, 10.0)
-        timers.cancel(n)
+        timers.set("gate", 10.0, owner=n)
+        timers.cancel("gate", owner=n)
         assert len(timers._heap) <= 65
     clock.now += 10.0
     assert timers.due() == []
     assert (len(timers), timers._heap) == (0, [])
+
+
+def test_each_owner_has_timers_of_its_own() -> None:
+    timers, clock = make()
+    for owner in ("a", "b"):
+        timers.set("gate", 1.0, epoch=1, owner=owner)
+        timers.set("room", 3.0, epoch=2, owner=owner)
+    timers.set("gate", 2.0, epoch=3, owner="a")
+    timers.cancel("room", owner="b")
+    assert len(timers) == 3
+    assert [timers.left_s("room", owner=owner) for owner in ("a", "b", None)] == [3.0, None, None]
+    clock.now += 3.0
+    assert timers.due() == [("b", "gate", 1), ("a", "gate", 3), ("a", "room", 2)]
+    assert len(timers) == 0
+    assert not timers._of

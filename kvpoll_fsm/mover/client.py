@@ -274,9 +274,10 @@ class ProcessEngine(ManagedOnly):
 
     def _hear(self, mover: Launched) -> bool:
         """Wait for what the mover says, and take it; False once it has ended and said all."""
-        running = mover.running
-        mover.pipe.wait(SIGN_S, self._wake)
-        _quiet(self._wake)
+        ready = mover.pipe.wait(SIGN_S, self._wake)
+        running = mover.pipe.fileno() in ready or mover.running  # asked before what it said last is read
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
         self._give_sign()
         mover.pipe.flush()
         events = mover.pipe.read()
@@ -390,10 +391,3 @@ def _address(buffer: memoryview) -> int:
 def _sayable(text: str) -> str:
     """Text that can be encoded: without halves of characters."""
     return text.encode(errors="replace").decode()
-
-
-def _quiet(eventfd: int) -> None:
-    try:
-        os.eventfd_read(eventfd)
-    except BlockingIOError:  # nobody has called
-        return

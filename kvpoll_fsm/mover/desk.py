@@ -120,9 +120,8 @@ class Desk:
             self._driver.begin_close("the host process is gone", FailureCode.PeerLost)
 
     def end_turn(self) -> None:
-        """Tell the host what is new."""
-        if self._changed or self._results.has_unsaid:
-            self._tell()
+        """Tell the host what is new, and send what it has not taken before."""
+        self.tell()
         self._pipe.flush()
         if self._full is not self._pipe.waiting and not self._gone:
             self._full = self._pipe.waiting
@@ -204,6 +203,11 @@ class Desk:
         then(RuntimeError(command.problem) if command.problem else None)
 
     # Telling
+
+    def tell(self) -> None:
+        """Tell the host what is new."""
+        if self._changed or self._results.has_unsaid:
+            self._tell()
 
     def seen(self, view: MoverView) -> None:
         """Note a view that has something to tell: its end, its quiescence, or another part."""

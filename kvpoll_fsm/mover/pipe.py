@@ -62,6 +62,7 @@ class Pipe(Generic[M]):
         self._queue: deque[Any] = deque()
         self._frames: deque[_Frame] = deque()
         self._flushing = threading.Lock()
+        self._buffer = memoryview(bytearray(_READ_NBYTES))
         self._received = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(list[messages])
@@ -122,28 +123,32 @@ class Pipe(Generic[M]):
         """
         while True:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(_READ_NBYTES, _FDS_NBYTES, _CLOEXEC)
+                nbytes, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _FDS_NBYTES, _CLOEXEC)
             except BlockingIOError:
                 break
             except OSError:
                 self.ended = True
                 break
             self.fds.extend(_descriptors(ancillary))
-            if not data:
+            if not nbytes:
                 self.ended = True
                 break
-            self._received += data
-            if len(data) < _READ_NBYTES:
+            self._received += self._buffer[:nbytes]
+            if nbytes < _READ_NBYTES:
                 break
         return self._decode()
 
-    def wait(self, timeout_s: float | None, *others: int) -> None:
-        """Wait until there is something to read, the socket takes what is left over, or one of `others` is readable."""
+    def wait(self, timeout_s: float | None, *others: int) -> set[int]:
+        """Wait until there is something to read, the socket takes what is left over, or one of `others` is readable.
+
+        Returns:
+            The file descriptors of which that is true, ours among them; none if the time has passed.
+        """
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._frames else 0))
         for fd in others:
             poll.register(fd, select.POLLIN)
-        poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1))
+        return {fd for fd, _ in poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1))}
 
     def drain(self, for_s: float) -> None:
         """Send what is left, for so long at most."""

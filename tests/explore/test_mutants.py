@@ -50,7 +50,7 @@ def late_success_wins(patch: Patch) -> None:
 
     def outcome(self: ReceiverSession, conn: int, message: messages.PartOutcome) -> None:
         if self.state is KVPoll.Failed and message.state is KVPoll.Success:
-            self._lifecycle.state = KVPoll.Success
+            self.state = KVPoll.Success
             self.history = (*self.history, KVPoll.Success)
         else:
             right(self, conn, message)
@@ -72,7 +72,7 @@ def failure_told_to_first_rank_only(patch: Patch) -> None:
             slot.told = True
         self.slots = {rank: slot for rank, slot in self.slots.items() if rank not in others}
         right(self, failure)
-        self.slots |= others
+        self.slots = {**self.slots, **others}
 
     patch.setattr(SenderSession, "_tell_abort", tell)
 
@@ -127,7 +127,7 @@ def resume_resets_the_state(patch: Patch) -> None:
 
     def resume(self: SenderSession) -> None:
         if self.state is KVPoll.Transferring and self._phase == "idle" and self._all_granted():
-            self._lifecycle.state = KVPoll.WaitingForInput
+            self.state = KVPoll.WaitingForInput
             self.history = (*self.history, KVPoll.WaitingForInput)
             self._try_part()
         else:
@@ -162,7 +162,9 @@ def no_stall_deadline_before_the_first_part(patch: Patch) -> None:
     right = Session._regate
 
     def regate(self: Session, *, renew: bool = False) -> None:
-        if self.state is KVPoll.WaitingForInput and self.gate is Gate.moving:
+        gate = self._present_gate()
+        if self.state is KVPoll.WaitingForInput and gate is Gate.moving:
+            self.gate = gate
             self._disarm("gate")
         else:
             right(self, renew=renew)

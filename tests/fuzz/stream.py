@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from kvpoll_common.grants import Grants
+from kvpoll_common.handshake import HELLO_NBYTES
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.spi import Fenced, Range
-from kvpoll_tcp import wire
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.handshake import Descriptor
 from kvpoll_tcp.receiver import Landing, Listener, Reader
@@ -276,7 +276,7 @@ def reader(data: bytes) -> None:
     stream = frames(choices, place)
     expected = expect(stream, place)
     script = Script(raw.hello(IDENTITY.incarnation, NONCE), choices)
-    script.answer = lambda said: proof(said) + stream if len(said) == wire.HELLO_NBYTES else b""
+    script.answer = lambda said: proof(said) + stream if len(said) == HELLO_NBYTES else b""
 
     def revoke() -> None:
         token = choices.pick(place.tokens[:3])
@@ -288,7 +288,7 @@ def reader(data: bytes) -> None:
 
     script.on_pause = revoke
     ran(script, place)
-    answers = script.said[wire.HELLO_NBYTES + 32 :]
+    answers = script.said[HELLO_NBYTES + 32 :]
     assert len(answers) % ACK.size == 0
     said = [ACK.unpack_from(answers, at) for at in range(0, len(answers), ACK.size)]
     assert all(answer[:2] == (0x564B, 2) for answer in said)
@@ -350,6 +350,6 @@ def stranger(data: bytes) -> None:
 
     script.answer = answer
     ran(script, place)
-    assert len(script.said) in (0, wire.HELLO_NBYTES)
+    assert len(script.said) in (0, HELLO_NBYTES)
     assert [bytes(region) for region in place.regions] == before
     all_dead(place)

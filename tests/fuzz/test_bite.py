@@ -14,6 +14,7 @@ import click
 import msgspec
 import pytest
 
+from kvpoll_common import handshake
 from kvpoll_common.grants import Grant, Grants
 from kvpoll_fsm import cli_tools, configuration, inputs, messages
 from kvpoll_fsm.address import Address
@@ -28,7 +29,7 @@ from kvpoll_fsm.sender_session import SenderSession
 from kvpoll_fsm.trace import decode_line
 from kvpoll_shm import wire as shm_wire
 from kvpoll_shm.copying import Copying
-from kvpoll_tcp import handshake, wire
+from kvpoll_tcp import wire
 from kvpoll_tcp.backlog import Backlog
 from tests.fuzz import decoders
 from tests.fuzz.targets import TARGETS, Target

@@ -16,11 +16,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvpoll_common.handshake import Called, said_in
 from kvpoll_fsm.spi import Failed, Link, LinkDown, Transport
 from kvpoll_fsm.testing.conformance.sides import SIZES, Pair, Side, until
 from kvpoll_mooncake import handshake, wire
 from kvpoll_mooncake.framing import pack
-from kvpoll_mooncake.wire import Base, Engine, Hello, Proof
+from kvpoll_mooncake.wire import Base, Engine
+from tests.transports.raw import hello, proof
 
 
 def _missing() -> str:
@@ -83,22 +85,20 @@ class Writer(Peer):
         self.descriptor = handshake.read_descriptor(transport.descriptor())
         super().__init__(socket.create_connection((self.descriptor.host, self.descriptor.port)))
 
-    def introduce(self, writer: bytes = b"w" * 16, **changes: Any) -> Hello:
-        ours = msgspec.structs.replace(handshake.hello(self.descriptor.incarnation, writer), **changes)
-        self.say(ours)
-        theirs = self.hear()
-        assert isinstance(theirs, Hello)
-        self.hellos = ours, theirs
-        return theirs
+    def introduce(self, writer: bytes = b"w" * 16, **changes: Any) -> None:
+        meant = {"incarnation": self.descriptor.incarnation, "nonce": os.urandom(32), "writer": writer, **changes}
+        ours = hello(magic=wire.KIND.magic, **meant)
+        self.say(wire.Opening(ours))
+        self.hellos = ours, said_in(self.hear())
 
-    def prove(self, secret: bytes | None = None) -> None:
-        self.say(handshake.prove(secret or self.descriptor.secret, handshake.SENDER, *self.hellos))
+    def prove(self, secret: bytes | None = None, role: bytes = b"kvpoll-mooncake sender") -> None:
+        self.say(wire.Opening(proof(secret or self.descriptor.secret, role, *self.hellos)))
 
     def join(self) -> Engine:
         """All of the opening; returns the engine."""
         self.introduce()
         self.prove()
-        assert isinstance(self.hear(), Proof)
+        assert isinstance(self.hear(), wire.Opening)
         engine = self.hear()
         assert isinstance(engine, Engine)
         return engine
@@ -136,14 +136,15 @@ class Impostor:
 
     def _talk(self, peer: Peer) -> None:
         with contextlib.suppress(OSError):  # closed by the test, or by the other side
-            theirs = peer.hear()
-            if not isinstance(theirs, Hello):
+            called = Called(wire.KIND, self._identity)
+            first = peer.hear()
+            if first is None:
                 return
-            ours = handshake.hello(self._identity.incarnation)
-            peer.say(ours)
-            if not isinstance(peer.hear(), Proof):
+            called.hear(said_in(first), lambda ours: peer.say(wire.Opening(ours)))
+            second = peer.hear()
+            if second is None:
                 return
-            peer.say(handshake.prove(self._identity.secret, handshake.RECEIVER, theirs, ours))
+            peer.say(wire.Opening(called.check(said_in(second))))
             self._act(peer)
             while (message := peer.hear()) is not None:
                 self.heard.append(message)

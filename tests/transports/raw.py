@@ -1,4 +1,4 @@
-"""The tcp wire format spoken by hand, so that a test can break any rule of it."""
+"""The handshake and the tcp wire format spoken by hand, so that a test can break any rule of it."""
 
 from __future__ import annotations
 

@@ -13,14 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvpoll_common import handshake
 from kvpoll_fsm.spi import LinkDown, Transport
 from kvpoll_fsm.testing.conformance.sides import Pair, until
-from kvpoll_shm import handshake, hosts, wire
+from kvpoll_shm import hosts, wire
 from kvpoll_shm.copying import Copying
-
-
-def read_descriptor(data: bytes) -> handshake.Descriptor:
-    return handshake.read_descriptor(data)
+from kvpoll_shm.handshake import read_descriptor as read_descriptor
 
 
 def changed(transport: Transport, **changes: Any) -> bytes:
@@ -79,17 +77,16 @@ class Caller(Peer):
         sock.connect("\0" + self.identity.socket)
         super().__init__(sock)
 
-    def greet(self) -> tuple[wire.Hello, wire.Hello]:
-        ours = handshake.hello(self.identity.incarnation, os.urandom(16))
-        self.say(ours)
-        theirs = self.hear()
-        assert isinstance(theirs, wire.Hello)
-        return ours, theirs
+    def greet(self) -> bytes:
+        """Say hello; returns what is answered."""
+        self.call = handshake.Caller(wire.KIND, self.identity, os.urandom(16))
+        self.say(wire.Opening(self.call.hello))
+        return handshake.said_in(self.hear())
 
     def prove(self) -> None:
-        ours, theirs = self.greet()
-        self.say(handshake.prove(self.identity.secret, handshake.SENDER, ours, theirs))
-        assert isinstance(self.hear(), wire.Proof)
+        theirs = self.greet()
+        self.say(wire.Opening(self.call.prove(theirs)))
+        self.call.check(handshake.said_in(self.hear()))
 
     def hand_over(self, fd: int, nbytes: int) -> None:
         self.say(wire.Regions((wire.Place(0, 0, nbytes),)), [fd])

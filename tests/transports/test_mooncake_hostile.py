@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
+from kvpoll_common.handshake import said_in
 from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Range, Write
 from kvpoll_fsm.testing.conformance.sides import SIZES, Pair, Side, untouched
-from kvpoll_mooncake import MooncakeTransport, wire
+from kvpoll_mooncake import MooncakeTransport, handshake, wire
 from kvpoll_mooncake.framing import LENGTH
 from kvpoll_mooncake.keeper import OUT_OF_RANGE, UNKNOWN_TOKEN
 from tests.transports import mooncake_raw as raw
+from tests.transports import raw as by_hand
 
 pytestmark = raw.needs_mooncake
 
@@ -64,6 +68,13 @@ def test_ones_own_proof_played_back(rx: Side, writer: raw.Writer) -> None:
     other.close()
 
 
+def test_the_other_sides_proof(rx: Side, writer: raw.Writer) -> None:
+    before = refusals(rx)
+    writer.introduce()
+    writer.prove(role=b"kvpoll-mooncake receiver")
+    is_turned_away(rx, writer, before)
+
+
 @pytest.mark.parametrize("change", [{"version": 2}, {"incarnation": b"i" * 16}])
 def test_one_who_means_another(rx: Side, writer: raw.Writer, change: dict[str, object]) -> None:
     before = refusals(rx)
@@ -106,7 +117,7 @@ def test_more_strangers_than_there_may_be(rx: Side) -> None:
         wire.Go(1, 1),
         wire.No(1, "no"),
         wire.Gone(1, (), False),
-        wire.Proof(b"p" * 32),
+        wire.Opening(b"p" * 32),
         wire.Ask(1, b"t" * 16, b"r" * 17),
         wire.Ask(1, b"t" * 16, bytes(16)),
         b"nonsense",
@@ -186,7 +197,7 @@ def test_a_writer_that_goes_leaves_its_token_to_the_fence() -> None:
     again = raw.Writer(rx.transport)
     again.introduce()
     again.prove()
-    assert isinstance(again.hear(), wire.Proof)
+    assert isinstance(again.hear(), wire.Opening)
     rx.until(lambda: raw.receiving_pid(rx), "the next engine")
     news = again.hear()
     assert isinstance(news, wire.Engine)
@@ -231,3 +242,23 @@ def test_a_peer_whose_engines_speak_otherwise(rx: Side) -> None:
     for change in {"version": 9}, {"host": "example.org"}, {"secret": b"short"}:
         with pytest.raises(InvalidInput):
             rx.transport.connect(raw.changed(rx.transport, **change), rx.regions)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_receiver_that_does_not_know_the_secret_is_asked_nothing(mirrored: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        host, port = listening.getsockname()
+        identity = handshake.new_identity(host, port, "tcp", "P2PHANDSHAKE")
+        tx = Side(MooncakeTransport(protocol="tcp"), filled=True)
+        link = tx.transport.connect(msgspec.msgpack.encode(identity), [])
+        link.submit([Write(0, 0, 0, 10)], b"t" * 16)
+        impostor = raw.Peer(listening.accept()[0])
+        impostor.hear()
+        impostor.say(wire.Opening(by_hand.hello(identity.incarnation, magic=wire.KIND.magic)))
+        proof = said_in(impostor.hear())
+        impostor.say(wire.Opening(proof if mirrored else b"p" * 32))
+        assert impostor.hear() is None
+        tx.until(lambda: raw.reasons(tx, link), "the link to go down")
+        assert "does not know the peer's secret" in raw.reasons(tx, link)[0]
+        impostor.close()
+        tx.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -20,8 +21,20 @@ from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import AddressError, InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Done, Range, Region, Write
 from kvpoll_fsm.testing.conformance.sides import CANARY, HUGE, SIZES, Pair, Side, footprint, same, sealed_memfd, until
-from kvpoll_mooncake import MooncakeSettings, MooncakeTransport, environment, frames, installed, memory, process, wire
+from kvpoll_mooncake import (
+    MooncakeSettings,
+    MooncakeTransport,
+    environment,
+    frames,
+    handshake,
+    installed,
+    memory,
+    process,
+    wire,
+)
+from kvpoll_mooncake import transport as transport_module
 from kvpoll_mooncake.flight import CHUNK_NBYTES, MAX_OUTSTANDING, WINDOW_NBYTES, Flights, cut
+from kvpoll_mooncake.handshake import read_descriptor
 from kvpoll_mooncake.keeper import Keeper, Visit
 from tests.transports import mooncake_raw as raw
 
@@ -34,6 +47,8 @@ from tests.transports import mooncake_raw as raw
         {"metadata": "redis://127.0.0.1:6379"},
         {"metadata": "p2phandshake"},
         {"metadata": ""},
+        {"metadata": "http://"},
+        {"metadata": "http://me:a/b@h:1/x"},
         {"protocol": "xgmi"},
         {"protocol": None},
         {"engine": "thread"},
@@ -62,6 +77,60 @@ def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
 def test_settings_that_do() -> None:
     MooncakeSettings(metadata="http://10.0.0.7:8080/metadata", device="mlx5_0,mlx5_1", gid_index=3, mtu=4096)
     MooncakeSettings(metadata="etcd://10.0.0.7:2379", host="0.0.0.0", advertise="10.0.0.8:7000")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "directory"),
+    [
+        ("P2PHANDSHAKE", "P2PHANDSHAKE"),
+        ("http://10.0.0.7:8080/metadata", "http://10.0.0.7:8080/metadata"),
+        ("http://me:hunter2@10.0.0.7:8080/metadata?as=hunter2", "http://10.0.0.7:8080/metadata"),
+        ("https://hunter2@h/a/b", "https://h/a/b"),
+        ("etcd://me:hun@ter2@[::1]:2379", "etcd://[::1]:2379"),
+        ("etcd://me:hunter2@h1:1;me:hunter2@h2:2", "etcd://h2:2"),
+    ],
+)
+def test_what_peers_are_told_of_the_server(metadata: str, directory: str) -> None:
+    assert MooncakeSettings(metadata=metadata).directory == directory
+
+
+def test_a_url_that_cannot_be_used_does_not_show_its_password() -> None:
+    with pytest.raises(InvalidInput, match=r"metadata='ftp://\(hidden\)@h:1/x': give") as caught:
+        MooncakeSettings(metadata="ftp://me:hunter2@h:1/x")
+    assert "hunter2" not in str(caught.value)
+
+
+class NoEngine:
+    """In place of what a transport runs."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def start(self, listening: Any) -> None:
+        listening.close()
+
+    def sources(self, outbox: object) -> Any:
+        return None
+
+    def stop(self, lanes: object) -> None: ...
+
+
+def test_a_password_stays_where_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that log in as somebody else, or not at all, find the same engines."""
+    monkeypatch.setattr(transport_module, "_Inside", NoEngine)
+    monkeypatch.setattr(transport_module.installed, "require_one_wheel", lambda: None)
+    descriptors = []
+    for login in ("me:hunter2@", "you:other@", ""):
+        transport = MooncakeTransport(protocol="tcp", metadata=f"http://{login}10.0.0.7:8080/metadata")
+        transport.start()
+        descriptors.append(transport.descriptor())
+        for descriptor in descriptors:
+            transport_module._check_match(transport._identity, read_descriptor(descriptor))  # type: ignore[arg-type]
+        transport.close()
+    assert not [each for each in descriptors if b"hunter2" in each or b"other" in each or b"me:" in each]
+    ours, theirs = read_descriptor(descriptors[0]), handshake.new_identity("10.0.0.8", 1, "tcp", "http://h:1/x")
+    with pytest.raises(TransportUnavailable) as caught:
+        transport_module._check_match(ours, theirs)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_address_nobody_can_reach() -> None:
@@ -447,6 +516,21 @@ def test_an_engine_that_never_stops_talking_keeps_nobody_waiting(monkeypatch: py
     monkeypatch.setattr(process.os, "read", lambda fd, nbytes: b"E something failed\n" * 100)
     assert errors.read() is False
     assert errors.last() == "E something failed | E something failed"
+
+
+def test_what_an_engine_says_does_not_show_a_password(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    errors = process._Errors("engine")
+    said = [b"E " + b"x" * 270 + b" cannot reach http://me:hun", b"ter2@h:1/x\n", b""]
+    monkeypatch.setattr(process.os, "read", lambda fd, nbytes: said.pop(0))
+    assert errors.read() is True
+    assert errors.last().endswith("http://(hidden")
+    monkeypatch.setattr(process.os, "read", lambda fd, nbytes: b"E cannot reach http://me:hunter2@h:1/x: refused\n")
+    errors.read()
+    assert errors.last().endswith("E cannot reach http://(hidden)@h:1/x: refused")
+    assert "hun" not in caplog.text
 
 
 def test_every_signal_has_a_name() -> None:

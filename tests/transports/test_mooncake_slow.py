@@ -227,7 +227,7 @@ def test_engines_find_each_other_through_a_server(kind: str, tmp_path: Path) -> 
     port, other = raw.free_port(), raw.free_port()
     if kind == "http":
         command = [sys.executable, "-m", "mooncake.http_metadata_server", "--host", "127.0.0.1", "--port", str(port)]
-        metadata = f"http://127.0.0.1:{port}/metadata"
+        metadata = f"http://me:hunter2@127.0.0.1:{port}/metadata"
     else:
         where = ["--listen-client-urls", f"http://127.0.0.1:{port}", "--advertise-client-urls"]
         peers = ["--listen-peer-urls", f"http://127.0.0.1:{other}", "--data-dir", str(tmp_path / "etcd")]
@@ -245,6 +245,7 @@ def test_engines_find_each_other_through_a_server(kind: str, tmp_path: Path) -> 
 def _exchange(metadata: str) -> None:
     """A write, a fence in the middle of others, and a write through the next engine."""
     sides = [Side(MooncakeTransport(metadata=metadata), filled=filled, within_s=60) for filled in (True, False)]
+    assert not [side for side in sides if b"hunter2" in side.transport.descriptor()]
     pair = Pair(*sides)
     link = pair.tx.connect(pair.rx)
     token = pair.rx.grant()

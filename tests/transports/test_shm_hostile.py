@@ -28,6 +28,7 @@ from kvpoll_fsm.testing.conformance.sides import (
 )
 from kvpoll_shm import ShmTransport, hosts
 from kvpoll_shm.wire import MAX_ORDERS
+from tests.transports import raw as by_hand
 from tests.transports import shm_raw as raw
 
 
@@ -73,19 +74,39 @@ def test_another_user_is_let_in_by_setting(monkeypatch: pytest.MonkeyPatch) -> N
     pair.close()
 
 
-def test_a_receiver_that_does_not_know_the_secret_is_given_nothing(pair: Pair) -> None:
+def hello(incarnation: bytes, version: int = 1) -> raw.wire.Opening:
+    said = by_hand.hello(incarnation, b"n" * 32, raw.wire.KIND.magic, version, bytes(16))
+    return raw.wire.Opening(said)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_receiver_that_does_not_know_the_secret_is_given_nothing(pair: Pair, mirrored: bool) -> None:
     listening, name = raw.Impostor.listen()
     tx = pair.tx.transport
     tx.connect(raw.changed(pair.rx.transport, socket=name), [])
     impostor = raw.Impostor.accept(listening, pair.pump)
-    hello = impostor.hear()
-    impostor.say(raw.wire.Hello(1, hello.incarnation, b"n" * 32))  # type: ignore[union-attr]
-    assert isinstance(impostor.hear(), raw.wire.Proof)
-    impostor.say(raw.wire.Proof(b"p" * 32))
+    impostor.hear()
+    impostor.say(hello(raw.read_descriptor(pair.rx.transport.descriptor()).incarnation))
+    said = raw.handshake.said_in(impostor.hear())
+    impostor.say(raw.wire.Opening(said if mirrored else b"p" * 32))
     assert impostor.receive() == (b"", [])
     pair.until(lambda: pair.tx.seen, "the news")
     assert "does not know the peer's secret" in pair.tx.seen[-1].reason  # type: ignore[union-attr]
     impostor.close()
+    listening.close()
+
+
+def test_every_connection_of_a_link_says_hello_anew(pair: Pair) -> None:
+    listening, name = raw.Impostor.listen()
+    link = pair.tx.transport.connect(raw.changed(pair.rx.transport, socket=name), [])
+    said = []
+    for number in range(1, 4):
+        impostor = raw.Impostor.accept(listening, pair.pump)
+        said.append(raw.handshake.said_in(impostor.hear()))
+        impostor.close()
+        pair.until(lambda number=number: pair.tx.links.get(link.number) == [False] * number, "the news")  # type: ignore[misc]
+        link.submit([Write(0, 0, 0, 10)], b"t" * 16)  # which makes the next connection
+    assert len(set(said)) == 3
     listening.close()
 
 
@@ -97,7 +118,7 @@ def test_a_receiver_that_is_another_one(pair: Pair, version: int, words: str) ->
     pair.tx.transport.connect(raw.changed(pair.rx.transport, socket=name), [])
     impostor = raw.Impostor.accept(listening, pair.pump)
     impostor.hear()
-    impostor.say(raw.wire.Hello(version, b"i" * 16, b"n" * 32))
+    impostor.say(hello(b"i" * 16, version))
     pair.until(lambda: pair.tx.seen, "the news")
     assert words in pair.tx.seen[-1].reason  # type: ignore[union-attr]
     impostor.close()
@@ -110,12 +131,9 @@ def play_receiver(pair: Pair, listening: socket.socket, name: str) -> tuple[raw.
     identity = raw.read_descriptor(descriptor)
     link = pair.tx.transport.connect(descriptor, [])
     peer = raw.Impostor.accept(listening, pair.pump)
-    theirs = peer.hear()
-    assert isinstance(theirs, raw.wire.Hello)
-    ours = raw.handshake.hello(identity.incarnation)
-    peer.say(ours)
-    assert isinstance(peer.hear(), raw.wire.Proof)
-    peer.say(raw.handshake.prove(identity.secret, raw.handshake.RECEIVER, theirs, ours))
+    called = raw.handshake.Called(raw.wire.KIND, identity)
+    called.hear(raw.handshake.said_in(peer.hear()), lambda ours: peer.say(raw.wire.Opening(ours)))
+    peer.say(raw.wire.Opening(called.check(raw.handshake.said_in(peer.hear()))))
     _, fds = peer.receive()
     for fd in fds:
         with pytest.raises(PermissionError):
@@ -171,11 +189,12 @@ PLACE = raw.wire.Place(0, 0, 4096)
 RULES: dict[str, Script] = {
     "garbage": _after("", b"garbage"),
     "too long": _after("", b"x" * 60_000),
-    "proof first": _after("", raw.wire.Proof(bytes(32))),
+    "proof first": _after("", raw.wire.Opening(bytes(32))),
     "order first": _after("", raw.wire.Order(1, b"t" * 16, ENTRY)),
-    "another version": _after("", raw.wire.Hello(9, bytes(16), bytes(32))),
+    "another version": _after("", hello(bytes(16), version=9)),
     "file first": _after("", b"\x94", fds=True),
-    "wrong proof": _after("greeted", raw.wire.Proof(bytes(32))),
+    "wrong proof": _after("greeted", raw.wire.Opening(bytes(32))),
+    "ones own words played back": lambda caller, fd: caller.say(raw.wire.Opening(caller.greet())),
     "no proof": _after("greeted", raw.wire.Ready()),
     "fewer files than regions": _after("proved", raw.wire.Regions((PLACE, raw.wire.Place(1, 0, 9))), fds=True),
     "no regions": _after("proved", raw.wire.Cancel(1)),

@@ -134,11 +134,6 @@ def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
         TcpTransport(**settings)
 
 
-def test_an_unknown_setting_is_refused() -> None:
-    with pytest.raises(TypeError):
-        TcpTransport(color="blue")
-
-
 def test_ports_are_taken_from_the_range() -> None:
     port = free_port()
     first, second = TcpTransport(data_ports=(port, port)), TcpTransport(data_ports=(port, port))

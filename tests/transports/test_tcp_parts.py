@@ -19,7 +19,7 @@ from kvpoll_tcp.backlog import Backlog, Frame, Job, Piece, cut
 from kvpoll_tcp.crew import Crew
 from kvpoll_tcp.mailbox import Mailbox
 from kvpoll_tcp.sockets import advance
-from kvpoll_tcp.wire import FRAME_NBYTES, MAX_ENTRIES, Ack, Head, Hello, Verdict
+from kvpoll_tcp.wire import FRAME_NBYTES, MAX_ENTRIES, Ack, Head, Verdict
 
 TOKEN = b"t" * 16
 
@@ -40,7 +40,6 @@ def test_the_wire_format_does_not_change_by_accident() -> None:
         "4b5601010100000002000000000000000500000001000000" + TOKEN.hex() + "03000000050000000400000000000000"
     )
     assert Ack(2, 1, Verdict.revoked).pack().hex() == "4b560203010000000200000000000000"
-    assert Hello(1, b"i" * 16, b"n" * 32).pack() == b"KVPOLTCP\x01\x00" + b"i" * 16 + b"n" * 32 + bytes(16)
 
 
 @given(st.binary(min_size=wire.HEAD_NBYTES, max_size=wire.HEAD_NBYTES), st.binary(max_size=80))

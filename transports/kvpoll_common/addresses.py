@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
 from kvpoll_fsm.errors import AddressError, TransportUnavailable
 
-__all__ = ["advertised", "listen", "require_reachable", "split_advertised"]
+__all__ = ["advertised", "listen", "require_numeric", "require_reachable", "split_advertised"]
+
+_INTERFACE = re.compile(r"[A-Za-z0-9_-]{1,15}(\.[A-Za-z0-9_-]{1,15})*")
 
 
 def listen(transport: str, host: str, ports: tuple[int, int] | None) -> socket.socket:
@@ -86,6 +89,17 @@ def require_reachable(host: str, advice: str) -> None:
         return
     if address.is_unspecified or address.is_multicast:
         raise AddressError(host, f"nobody can connect to it: {advice}")
+
+
+def require_numeric(host: str) -> None:
+    """Refuse what is no address in numbers, with or without an interface.
+
+    Raises:
+        ValueError: A name, or an interface of an odd one.
+    """
+    scope = getattr(ipaddress.ip_address(host), "scope_id", None)
+    if scope is not None and not _INTERFACE.fullmatch(scope):
+        raise ValueError("an interface of an odd name")
 
 
 def split_advertised(text: str) -> tuple[str, int | None]:

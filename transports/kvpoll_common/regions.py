@@ -35,7 +35,7 @@ def read_regions(descriptors: Sequence[bytes], transport: str) -> None:
     try:
         for descriptor in descriptors:
             msgspec.msgpack.decode(descriptor, type=RegionDescriptor)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
         raise InvalidInput(f"not the descriptors of a {transport} transport: {error}") from error
 
 

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from kvpoll_common.door import Refused
+from kvpoll_common import handshake
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_mooncake import wire
-from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_mooncake.handshake import Descriptor
 from kvpoll_mooncake.settings import MooncakeSettings
 from kvpoll_mooncake.stream import Stream
-from kvpoll_mooncake.wire import Hello, Message, Ping, Proof
+from kvpoll_mooncake.wire import Message, Opening, Ping
 
 __all__ = ["Caller", "Hearer"]
 
@@ -62,11 +62,10 @@ class Caller:
         """
         self._reactor = reactor
         self._peer = peer
-        self._writer = writer
+        self._caller = handshake.Caller(wire.KIND, peer, writer)
         self._settings = settings
         self._hearer = hearer
         self._stream: Stream | None = None
-        self._hellos: list[Hello] = []
         self._expect: Callable[[Message], None] = self._on_hello
         self._heard_at = 0.0
         self._pinged = False
@@ -79,8 +78,7 @@ class Caller:
             self._hearer.hung_up(f"cannot be reached: {error.strerror or error}")
             return False
         self._stream = Stream(self._reactor, sock, self, wire.FRAME_NBYTES)
-        self._hellos = [hello(self._peer.incarnation, self._writer)]
-        self._stream.send(wire.encode(self._hellos[0]))
+        self._stream.send(wire.encode(Opening(self._caller.hello)))
         self._reactor.later(self._settings.connect_s, self._time_is_up)
         return True
 
@@ -136,26 +134,17 @@ class Caller:
         self._hearer.hung_up(os.strerror(number) if number is not None else str(error))
 
     def _on_hello(self, message: Message) -> None:
-        ours = self._hellos[0]
-        if not isinstance(message, Hello):
-            raise MalformedMessage("does not say hello")
-        if message.version != wire.VERSION:
-            raise Refused(f"the peer speaks version {message.version} of the wire format, we speak {wire.VERSION}")
-        if message.incarnation != self._peer.incarnation:
-            raise Refused("another transport answers at the peer's address: the peer was restarted")
-        self._hellos.append(message)
+        proof = self._caller.prove(handshake.said_in(message))
         self._expect = self._on_proof
-        self.tell(prove(self._peer.secret, SENDER, ours, message))
+        self.tell(Opening(proof))
 
     def _on_proof(self, message: Message) -> None:
-        ours, theirs = self._hellos
-        if not isinstance(message, Proof) or not is_proof(message, self._peer.secret, RECEIVER, ours, theirs):
-            raise Refused("whoever answers at the peer's address does not know the peer's secret")
+        self._caller.check(handshake.said_in(message))
         self._expect = self._on_message
         self._hearer.proved()
 
     def _on_message(self, message: Message) -> None:
-        if isinstance(message, Hello | Proof):
+        if isinstance(message, Opening):
             raise MalformedMessage("introduces itself twice")
         if not isinstance(message, wire.Pong):
             self._hearer.told(message)

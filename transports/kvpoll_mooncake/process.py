@@ -18,6 +18,7 @@ import msgspec
 
 import kvpoll_fsm
 from kvpoll_common.loop import Reactor
+from kvpoll_fsm.address import hide_passwords
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Region
 from kvpoll_mooncake import frames
@@ -34,6 +35,7 @@ _OURS = ("MC_FORCE_TCP", "MC_FORCE_HCA")
 """Variables that decide the protocol, which is ours to decide."""
 _LAST_LINES = 2
 _LINE_NBYTES = 300
+_REST_NBYTES = 4096
 _READS = 4
 _NOISE = b"Local segment descriptor not found"
 """Said by every engine that starts."""
@@ -220,15 +222,16 @@ class _Errors:
             except OSError:
                 return True
             *lines, self._rest = (self._rest + data).split(b"\n")
-            self._rest = self._rest[-_LINE_NBYTES:]
+            self._rest = self._rest[-_REST_NBYTES:]
             for line in lines if data else [*lines, self._rest]:
-                self._take(line[:_LINE_NBYTES])
+                self._take(line)
             if not data:
                 return True
         return False
 
     def _take(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").strip()
+        # Names the server that engines find each other by, if that is what fails.
+        text = hide_passwords(line.decode("utf-8", "replace").strip())[:_LINE_NBYTES]
         if text:
             # Mooncake says many things at level W and E that concern nobody: they are news only if something fails.
             _log.debug("%s: %s", self._name, text)

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpoll_common.door import UNFINISHED, Door, Refused, note_stranger
+from kvpoll_common.handshake import Called, said_in
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_mooncake import wire
-from kvpoll_mooncake.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_mooncake.handshake import Descriptor
 from kvpoll_mooncake.keeper import Keeper, Visit
 from kvpoll_mooncake.settings import MooncakeSettings
 from kvpoll_mooncake.stream import Stream
-from kvpoll_mooncake.wire import Ask, Doubt, Hello, Message, Over, Ping, Pong, Proof
+from kvpoll_mooncake.wire import Ask, Doubt, Message, Opening, Over, Ping, Pong
 
 __all__ = ["Reception"]
 
@@ -74,8 +75,7 @@ class Visitor:
         self._address = address
         self._closed = False
         self._expect: Callable[[Message], None] = self._on_hello
-        self._theirs: Hello | None = None
-        self._ours = hello(reception.identity.incarnation)
+        self._called = Called(wire.KIND, reception.identity)
         self._visits: dict[int, Visit] = {}
         self._asked: set[int] = set()
         self._stream = Stream(reception.reactor, sock, self, wire.FRAME_NBYTES)
@@ -130,28 +130,20 @@ class Visitor:
     # What he says
 
     def _on_hello(self, message: Message) -> None:
-        if not isinstance(message, Hello):
-            raise MalformedMessage("does not say hello")
-        # Answered even where we part ways, so that the visitor can say why.
-        self.tell(self._ours)
-        if message.version != wire.VERSION:
-            raise Refused("speaks another version of the wire format", f"{message.version}, we speak {wire.VERSION}")
-        if message.incarnation != self._ours.incarnation:
-            raise Refused("means another start of this endpoint, or another endpoint")
-        self._theirs, self._expect = message, self._on_proof
+        self._called.hear(said_in(message), self._say)
+        self._expect = self._on_proof
 
     def _on_proof(self, message: Message) -> None:
-        secret, theirs = self._reception.identity.secret, self._theirs
-        if not isinstance(message, Proof) or theirs is None:
-            raise MalformedMessage("shows no proof")
-        if not is_proof(message, secret, SENDER, theirs, self._ours):
-            raise Refused("does not know our secret")
+        answer = self._called.check(said_in(message))
         self._reception.door.admit(self)
-        self.writer = theirs.writer
+        self.writer = self._called.writer
         self._expect = self._on_message
-        self.tell(prove(secret, RECEIVER, theirs, self._ours))
+        self._say(answer)
         if self._reception.keeper is not None and self._reception.keeper.current is not None:
             self.tell(self._reception.keeper.current)
+
+    def _say(self, said: bytes) -> None:
+        self.tell(Opening(said))
 
     def _on_message(self, message: Message) -> None:
         keeper = self._reception.keeper

@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 
 from kvpoll_common.addresses import require_reachable, split_advertised
+from kvpoll_fsm.address import hide_passwords
 from kvpoll_fsm.errors import InvalidInput
 from kvpoll_mooncake.frames import P2P
 
 __all__ = ["MooncakeSettings", "is_ipv6"]
 
-_URL = re.compile(r"(http|https|etcd)://[^\s/]+(/[^\s]*)?")
+_URL = re.compile(r"((?:http|https|etcd)://)(?:[^\s/]*@)?([^\s/@?#]+(?:/[^\s@?#]*)?)(?:\?[^\s@]*)?")
 _DEVICES = re.compile(r"[\w.,-]*")
 
 
@@ -121,10 +122,17 @@ class MooncakeSettings:
         if not isinstance(self.metadata, str) or (self.metadata != P2P and not _URL.fullmatch(self.metadata)):
             # Mooncake takes whatever it does not know for etcd, and dies of "redis://".
             raise InvalidInput(
-                f"metadata={self.metadata!r}: give {P2P!r}, 'http://host:port/path' or 'etcd://host:port'"
+                hide_passwords(f"metadata={self.metadata!r}: ")
+                + f"give {P2P!r}, 'http://host:port/path' or 'etcd://host:port'"
             )
         if not isinstance(self.device, str) or not _DEVICES.fullmatch(self.device):
             raise InvalidInput(f"device={self.device!r}: give names of devices with commas between, or nothing")
+
+    @property
+    def directory(self) -> str:
+        """How engines find each other, as peers may know it: without user, password and query."""
+        url = _URL.fullmatch(self.metadata)
+        return self.metadata if url is None else url[1] + url[2]
 
 
 def is_ipv6(host: str) -> bool:

@@ -16,9 +16,11 @@ import msgspec
 
 from kvpoll_common.addresses import advertised, listen
 from kvpoll_common.grants import Grants
+from kvpoll_common.handshake import WRITER_NBYTES
 from kvpoll_common.loop import Loop
 from kvpoll_common.outbox import Outbox
 from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
+from kvpoll_common.settings import settings_of
 from kvpoll_fsm.errors import InvalidInput, KvpollError, TransportUnavailable
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, Range, Region
 from kvpoll_mooncake import environment, installed, wire
@@ -67,7 +69,7 @@ class MooncakeTransport:
             AddressError: An address nobody could connect to.
             InvalidInput: A setting out of its range.
         """
-        self._settings = MooncakeSettings(**settings)
+        self._settings = settings_of(MooncakeSettings, settings)
         self._regions: dict[int, Region] = {}
         self._buffers: dict[int, memoryview] = {}
         self._outbox = Outbox()
@@ -109,7 +111,7 @@ class MooncakeTransport:
         listening = listen(self.name, settings.host, settings.data_ports)
         undo.callback(listening.close)
         host, port = advertised(self.name, listening, settings.advertise)
-        self._identity = new_identity(host, port, protocol, settings.metadata)
+        self._identity = new_identity(host, port, protocol, settings.directory)
         self._outbox.open()
         undo.callback(self._outbox.close)
         self._loop.start()
@@ -238,7 +240,7 @@ class _Inside:
         self._loop = loop
         self._regions = regions
         self._maker = maker
-        self._writer = secrets.token_bytes(wire.WRITER_NBYTES)
+        self._writer = secrets.token_bytes(WRITER_NBYTES)
         self._crowd = Crowd(maker.settings.max_senders)
         self._reception = Reception(identity, maker.settings, loop.reactor, grants.refusals)
         self.keeper = Keeper(loop.reactor, maker, regions, grants, self._reception.tell_all)

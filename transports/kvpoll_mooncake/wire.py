@@ -1,14 +1,8 @@
 """What two adapters say to each other, over TCP: each message one frame of a `stream.Stream`; version 1.
 
-Opening, once. Nothing counts before both sides have proved that they know the secret of the descriptor:
-
-    sender -> receiver   Hello    version, incarnation meant, nonce, writer
-    receiver -> sender   Hello    version, incarnation found, nonce, no writer
-    sender -> receiver   Proof    HMAC-SHA256(secret, role | sender's Hello | receiver's Hello)
-    receiver -> sender   Proof    the same for the other role
-
-The writer is the sending transport: all its connections give the same number, nobody else knows it. A token is good
-for the first writer that uses it. Then, in any order and number, without waiting for answers:
+Opening, once: as `kvpoll_common.handshake` has it, each Hello and each Proof in an Opening, with the sender as the
+caller and the magic "KVPOLMOO". A token is good for the first writer that uses it. Then, in any order and number,
+without waiting for answers:
 
     receiver -> sender   Engine   the engine that takes writes from now on, and where its regions are
     sender -> receiver   Ask      ticket, token, ranges: may I write there?
@@ -34,29 +28,28 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from kvpoll_common.handshake import Kind, Opening
 from kvpoll_fsm.errors import MalformedMessage
 
 __all__ = [
     "FRAME_NBYTES",
+    "KIND",
     "MAX_RANGES",
     "MAX_REGIONS",
     "MAX_TICKETS",
     "TOKEN_NBYTES",
-    "VERSION",
-    "WRITER_NBYTES",
     "Ask",
     "Base",
     "Doubt",
     "Engine",
     "Go",
     "Gone",
-    "Hello",
     "Message",
     "No",
+    "Opening",
     "Over",
     "Ping",
     "Pong",
-    "Proof",
     "Sound",
     "decode",
     "encode",
@@ -64,14 +57,11 @@ __all__ = [
     "unpack_ranges",
 ]
 
-VERSION = 1
+KIND = Kind("mooncake", b"KVPOLMOO", version=1)
 MAX_RANGES = 1024
 MAX_TICKETS = 1024
 """Most tickets of one connection that may be under way, by `Capabilities`; twice as many are taken."""
 MAX_REGIONS = 1024
-NONCE_NBYTES = 32
-INCARNATION_NBYTES = 16
-WRITER_NBYTES = 16
 TOKEN_NBYTES = 16
 _RANGE = struct.Struct("<IIQ")
 FRAME_NBYTES = 64 << 10
@@ -85,21 +75,6 @@ Range = tuple[int, int, int]
 
 def _exactly(nbytes: int) -> Meta:
     return Meta(min_length=nbytes, max_length=nbytes)
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """How either side introduces itself."""
-
-    version: int
-    incarnation: Annotated[bytes, _exactly(INCARNATION_NBYTES)]
-    nonce: Annotated[bytes, _exactly(NONCE_NBYTES)]
-    writer: Annotated[bytes, _exactly(WRITER_NBYTES)] = bytes(WRITER_NBYTES)
-
-
-class Proof(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """That the secret is known."""
-
-    proof: Annotated[bytes, _exactly(32)]
 
 
 class Base(msgspec.Struct, frozen=True, array_like=True):
@@ -175,7 +150,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """Here I am."""
 
 
-Message = Hello | Proof | Engine | Ask | Go | No | Over | Gone | Doubt | Sound | Ping | Pong
+Message = Opening | Engine | Ask | Go | No | Over | Gone | Doubt | Sound | Ping | Pong
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from kvpoll_common.outbox import Outbox
@@ -33,6 +34,7 @@ class ShmLink:
         self._sources = sources
         self._outbox = outbox
         self._tickets = tickets
+        self._pid = os.getpid()
 
     @property
     def number(self) -> int:
@@ -58,5 +60,9 @@ class ShmLink:
         self.lane.cancel(ticket)
 
     def close(self) -> None:
-        """End the link; tickets in flight end Failed. Returns at once and may be called twice."""
-        self.lane.close()
+        """End the link; tickets in flight end Failed. Returns at once and may be called twice.
+
+        Does nothing in a forked child: the connection is the parent's.
+        """
+        if os.getpid() == self._pid:
+            self.lane.close()

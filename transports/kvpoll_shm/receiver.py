@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpoll_common.door import UNFINISHED, Door, Refused, note_stranger
+from kvpoll_common.handshake import Called, said_in
 from kvpoll_common.loop import Reactor
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_shm import hosts, wire
 from kvpoll_shm.copying import SLICE_NBYTES, Copying, Landing
-from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_shm.handshake import Descriptor
 from kvpoll_shm.pipe import Pipe
 from kvpoll_shm.settings import ShmSettings
-from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Orders, Proof, Ready, Regions, Verdict
+from kvpoll_shm.wire import Cancel, End, Ends, Message, Opening, Order, Orders, Ready, Regions, Verdict
 
 __all__ = ["Listener"]
 
@@ -68,8 +69,7 @@ class Visitor:
         self._listener = listener
         self._closed = False
         self._expect: Callable[[Message, list[int]], None] = self._on_hello
-        self._theirs: Hello | None = None
-        self._ours = hello(listener.identity.incarnation)
+        self._called = Called(wire.KIND, listener.identity)
         self._mappings: dict[int, hosts.Mapping] = {}
         self._orders: deque[tuple[int, Copying]] = deque()
         self._pipe = Pipe(listener.reactor, sock, self)
@@ -113,25 +113,17 @@ class Visitor:
     # The handshake
 
     def _on_hello(self, message: Message, fds: list[int]) -> None:
-        if not isinstance(message, Hello):
-            raise MalformedMessage("does not say hello")
-        # Answered even where we part ways, so that the visitor can say why.
-        self._pipe.send(wire.encode(self._ours))
-        if message.version != wire.VERSION:
-            raise Refused("speaks another version of the wire format", f"{message.version}, we speak {wire.VERSION}")
-        if message.incarnation != self._ours.incarnation:
-            raise Refused("means another start of this endpoint, or another endpoint")
-        self._theirs, self._expect = message, self._on_proof
+        self._called.hear(said_in(message), self._say)
+        self._expect = self._on_proof
 
     def _on_proof(self, message: Message, fds: list[int]) -> None:
-        secret, theirs = self._listener.identity.secret, self._theirs
-        if not isinstance(message, Proof) or theirs is None:
-            raise MalformedMessage("shows no proof")
-        if not is_proof(message, secret, SENDER, theirs, self._ours):
-            raise Refused("does not know our secret")
+        answer = self._called.check(said_in(message))
         self._listener.door.admit(self)
         self._expect = self._on_regions
-        self._pipe.send(wire.encode(prove(secret, RECEIVER, theirs, self._ours)))
+        self._say(answer)
+
+    def _say(self, said: bytes) -> None:
+        self._pipe.send(wire.encode(Opening(said)))
 
     def _on_regions(self, message: Message, fds: list[int]) -> None:
         if not isinstance(message, Regions) or len(message.places) != len(fds):
@@ -164,13 +156,13 @@ class Visitor:
             raise MalformedMessage("neither an order nor a cancel")
 
     def _take(self, orders: Sequence[Order]) -> None:
-        if len(self._orders) + len(orders) > wire.MAX_ORDERS or self._theirs is None:
+        if len(self._orders) + len(orders) > wire.MAX_ORDERS:
             raise MalformedMessage("too many orders at once")
         if not self._orders:
             self._listener.reactor.work(self._step)
         sources = {region: mapping.view for region, mapping in self._mappings.items()}
         for order in orders:
-            copying = Copying(order, self._theirs.writer, sources, self._listener.landing)
+            copying = Copying(order, self._called.writer, sources, self._listener.landing)
             self._orders.append((order.ticket, copying))
 
     def _step(self) -> bool:

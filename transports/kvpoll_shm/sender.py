@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kvpoll_common.door import Refused
+from kvpoll_common.handshake import Caller, said_in
 from kvpoll_common.loop import Reactor
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import Done, Failed, LinkDown, LinkUp, Quiesced, Region
 from kvpoll_shm import hosts, wire
-from kvpoll_shm.handshake import RECEIVER, SENDER, Descriptor, hello, is_proof, prove
+from kvpoll_shm.handshake import Descriptor
 from kvpoll_shm.pipe import Pipe
 from kvpoll_shm.settings import ShmSettings
-from kvpoll_shm.wire import Cancel, End, Ends, Hello, Message, Order, Place, Proof, Ready, Regions, Verdict
+from kvpoll_shm.wire import Cancel, End, Ends, Message, Opening, Order, Place, Ready, Regions, Verdict
 
 __all__ = ["Gathering", "Lane", "Sources"]
 
@@ -77,7 +78,7 @@ class Lane:
         self._reactor = reactor
         self._pipe: Pipe | None = None
         self._expect: Callable[[Message], None] = self._on_hello
-        self._hellos: list[Hello] = []
+        self._caller = Caller(wire.KIND, peer, sources.writer)
         self._waiting: deque[Order] = deque()
         self._sent: set[int] = set()
         self._loose: set[int] = set()
@@ -91,11 +92,11 @@ class Lane:
             self._pipe = self._connect()
         except (OSError, Refused) as error:
             return self._down(error, by_peer=True)
-        ours = hello(self._peer.incarnation, self._sources.writer)
-        self._hellos, self._expect = [ours], self._on_hello
+        self._caller = Caller(wire.KIND, self._peer, self._sources.writer)
+        self._expect = self._on_hello
         attempt = self._pipe
         self._reactor.later(self._sources.settings.handshake_s, lambda: self._time_is_up(attempt))
-        self._pipe.send(wire.encode(ours))
+        self._send(Opening(self._caller.hello))
 
     def submit(self, order: Order) -> None:
         """Send an order, or keep it until there is somebody to send it to, or others go with it."""
@@ -160,21 +161,12 @@ class Lane:
         self._down(error, by_peer)
 
     def _on_hello(self, message: Message) -> None:
-        ours = self._hellos[0]
-        if not isinstance(message, Hello):
-            raise MalformedMessage("does not say hello")
-        if message.version != wire.VERSION:
-            raise Refused(f"the peer speaks version {message.version} of the wire format, we speak {wire.VERSION}")
-        if message.incarnation != self._peer.incarnation:
-            raise Refused("another transport answers at the peer's socket")
-        self._hellos.append(message)
+        proof = self._caller.prove(said_in(message))
         self._expect = self._on_proof
-        self._send(prove(self._peer.secret, SENDER, ours, message))
+        self._send(Opening(proof))
 
     def _on_proof(self, message: Message) -> None:
-        ours, theirs = self._hellos
-        if not isinstance(message, Proof) or not is_proof(message, self._peer.secret, RECEIVER, ours, theirs):
-            raise Refused("whoever answers at the peer's socket does not know the peer's secret")
+        self._caller.check(said_in(message))
         self._expect = self._on_ready
         self._hand_over()
 

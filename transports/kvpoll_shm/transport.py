@@ -15,9 +15,11 @@ from typing import Any
 import msgspec
 
 from kvpoll_common.grants import Grants
+from kvpoll_common.handshake import WRITER_NBYTES
 from kvpoll_common.loop import Loop, Reactor
 from kvpoll_common.outbox import Outbox
 from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
+from kvpoll_common.settings import settings_of
 from kvpoll_fsm.errors import InvalidInput, KvpollError, TransportUnavailable
 from kvpoll_fsm.refusals import Refusals
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, Range, Region
@@ -64,7 +66,7 @@ class ShmTransport:
         Raises:
             InvalidInput: A setting out of its range.
         """
-        self._settings = ShmSettings(**settings)
+        self._settings = settings_of(ShmSettings, settings)
         self._regions: dict[int, Region] = {}
         self._buffers: dict[int, memoryview] = {}
         self._outbox = Outbox()
@@ -77,7 +79,7 @@ class ShmTransport:
         self._listener: Listener | None = None
         self._pid = os.getpid()
         self._gathering = Gathering()
-        writer = secrets.token_bytes(wire.WRITER_NBYTES)
+        writer = secrets.token_bytes(WRITER_NBYTES)
         self._sources = Sources(self._regions, writer, self._settings, self._outbox, self._gathering)
 
     def start(self) -> None:

@@ -1,17 +1,13 @@
 """What travels over one connection: a unix socket of packets (SOCK_SEQPACKET), each one message; version 1.
 
-Opening, once. Nothing counts before both sides have proved that they know the secret of the descriptor:
+Opening, once: as `kvpoll_common.handshake` has it, each Hello and each Proof in an Opening, with the sender as the
+caller and the magic "KVPOLSHM"; then
 
-    sender -> receiver   Hello    version, incarnation meant, nonce, writer
-    receiver -> sender   Hello    version, incarnation found, nonce, no writer
-    sender -> receiver   Proof    HMAC-SHA256(secret, role | sender's Hello | receiver's Hello)
-    receiver -> sender   Proof    the same for the other role
     sender -> receiver   Regions  where the sender's regions lie in files whose descriptors, for reading only,
                                   come with this packet
     receiver -> sender   Ready    it has mapped them
 
-The writer is the sending transport: all its connections give the same number, nobody else knows it. A token is
-good for the first writer that uses it. Then, in any order and number:
+A token is good for the first writer that uses it. Then, in any order and number:
 
     sender -> receiver   Order    ticket, token, entries: read this from my regions into yours
     sender -> receiver   Cancel   ticket: end it soon
@@ -34,25 +30,25 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from kvpoll_common.handshake import Kind, Opening
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_fsm.spi import MAX_TICKET_NBYTES, Write
 
 __all__ = [
+    "KIND",
     "MAX_ENTRIES",
     "MAX_ORDERS",
     "MAX_REGIONS",
     "PACKET_NBYTES",
-    "VERSION",
     "Cancel",
     "End",
     "Ends",
     "Entry",
-    "Hello",
     "Message",
+    "Opening",
     "Order",
     "Orders",
     "Place",
-    "Proof",
     "Ready",
     "Regions",
     "Verdict",
@@ -62,15 +58,12 @@ __all__ = [
     "pack_orders",
 ]
 
-VERSION = 1
+KIND = Kind("shm", b"KVPOLSHM", version=1)
 MAX_ENTRIES = 1024
 MAX_ORDERS = 1024
 """Most orders of one connection that may be unanswered."""
 MAX_REGIONS = 128
 """Most regions of a sender: their file descriptors travel in one packet, which can hold 253."""
-NONCE_NBYTES = 32
-INCARNATION_NBYTES = 16
-WRITER_NBYTES = 16
 TOKEN_NBYTES = 16
 
 _ENTRY = struct.Struct("<HHIQQ")
@@ -87,21 +80,6 @@ Unsigned = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 def _exactly(nbytes: int) -> Meta:
     return Meta(min_length=nbytes, max_length=nbytes)
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """How either side introduces itself."""
-
-    version: int
-    incarnation: Annotated[bytes, _exactly(INCARNATION_NBYTES)]
-    nonce: Annotated[bytes, _exactly(NONCE_NBYTES)]
-    writer: Annotated[bytes, _exactly(WRITER_NBYTES)] = bytes(WRITER_NBYTES)
-
-
-class Proof(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """That the secret is known."""
-
-    proof: Annotated[bytes, _exactly(32)]
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -200,7 +178,7 @@ class Ends(msgspec.Struct, frozen=True, array_like=True, tag=9):
     ends: Annotated[tuple[End, ...], Meta(min_length=1, max_length=MAX_ORDERS)]
 
 
-Message = Hello | Proof | Regions | Ready | Order | Cancel | End | Orders | Ends
+Message = Opening | Regions | Ready | Order | Cancel | End | Orders | Ends
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -218,7 +196,7 @@ def decode(packet: bytes | memoryview) -> Message:
     """
     try:
         return _decoder.decode(packet)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
         raise MalformedMessage(f"does not speak the kvpoll shm protocol: {error}") from error
 
 

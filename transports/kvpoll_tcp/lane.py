@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvpoll_common.door import Refused
 from kvpoll_common.outbox import Outbox
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_tcp.backlog import Backlog, Job
@@ -246,7 +247,7 @@ class Lane:
     def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except (Broken, MalformedMessage) as error:
+        except (Broken, Refused, MalformedMessage) as error:
             self._break(str(error))
         except OSError as error:
             self._break(error.strerror or repr(error))

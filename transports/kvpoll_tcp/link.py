@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -58,6 +59,7 @@ class TcpLink:
         self._tickets = tickets
         self._max_entries = max_entries
         self._given_nbytes = [0] * len(lanes)
+        self._pid = os.getpid()
         self.is_closed = False
 
     @property
@@ -89,7 +91,12 @@ class TcpLink:
             lane.cancel(ticket)
 
     def close(self) -> None:
-        """End the link; tickets in flight end Failed. Returns at once and may be called twice."""
+        """End the link; tickets in flight end Failed. Returns at once and may be called twice.
+
+        Does nothing in a forked child: the connections are the parent's.
+        """
+        if os.getpid() != self._pid:
+            return
         self.is_closed = True
         for lane in self._lanes:
             lane.close()

@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvpoll_common.door import Refused, note_stranger
 from kvpoll_common.grants import Grant, Grants
 from kvpoll_fsm.errors import MalformedMessage
 from kvpoll_tcp import wire
 from kvpoll_tcp.crew import Crew
-from kvpoll_tcp.handshake import Descriptor, Visitor
+from kvpoll_tcp.handshake import Descriptor, meet
 from kvpoll_tcp.inbox import Inbox
 from kvpoll_tcp.settings import TcpSettings
-from kvpoll_tcp.sockets import Broken, Plug, Refused, Sock, advance, prepare, receive_timeout
+from kvpoll_tcp.sockets import Broken, Plug, Sock, advance, prepare, receive_timeout
 from kvpoll_tcp.tls import TlsSocket
 from kvpoll_tcp.wire import Ack, Entry, Head, Verdict
 
@@ -39,18 +40,6 @@ class Landing:
 
     regions: Mapping[int, memoryview]
     grants: Grants
-
-
-UNFINISHED = "left, or took too long, before the handshake was over"
-
-
-def _reason(error: Exception) -> str:
-    """Why somebody was turned away, in one of a few phrases."""
-    if isinstance(error, Refused):
-        return error.reason
-    if isinstance(error, MalformedMessage):
-        return "does not speak our protocol"
-    return "TLS failed" if isinstance(error, ssl.SSLError) else UNFINISHED
 
 
 class Listener:
@@ -198,11 +187,10 @@ class Reader:
         """Let the visitor prove himself; False if he was turned away, which is counted."""
         try:
             self._meet(listener, settings)
-        except (OSError, MalformedMessage) as error:
+        except (OSError, MalformedMessage, Refused) as error:
             if not self._is_cut:
-                reason = _reason(error)
-                level = logging.INFO if reason == UNFINISHED else logging.WARNING
-                listener.refusals.add(reason, f"from={self.peer} {error}", level)
+                why = Refused("TLS failed", str(error)) if isinstance(error, ssl.SSLError) else error
+                note_stranger(listener.refusals, why, f"from={self.peer}")
             return False
         return True
 
@@ -213,11 +201,8 @@ class Reader:
             secured = TlsSocket(self._plain, settings.tls[0], server_side=True)
             secured.shake_hands(deadline)
             self._socket = secured
-        visitor = Visitor(self._socket, self._identity)
-        visitor.check(deadline - time.monotonic())
-        listener.admit(self)
-        visitor.welcome()
-        self._writer = visitor.writer
+        left_s = deadline - time.monotonic()
+        self._writer = meet(self._socket, self._identity, left_s, lambda: listener.admit(self))
 
     def _serve(self) -> None:
         try:

@@ -21,7 +21,6 @@ from kvpoll_tcp.settings import TcpSettings
 __all__ = [
     "Broken",
     "Plug",
-    "Refused",
     "Sock",
     "advance",
     "connect",
@@ -40,18 +39,6 @@ _SAME_HOST_CONGESTION = b"reno"
 
 class Broken(ConnectionError):
     """The connection is of no use any more; the text says why."""
-
-
-class Refused(Broken):
-    """Somebody is turned away.
-
-    Attributes:
-        reason: One of a few; what is known of the one goes into the text.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
 
 
 class Sock(Protocol):

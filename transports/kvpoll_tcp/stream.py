@@ -35,7 +35,8 @@ class Stream:
         """Connect and shake hands, as the transport of number `writer`.
 
         Raises:
-            OSError: Not reached, cut off, or not the peer we mean (`Broken`).
+            OSError: Not reached, or cut off.
+            Refused: Not the peer we mean.
             MalformedMessage: Whoever answers does not speak our protocol.
         """
         plain = connect(plug, peer.host, peer.port, settings)

@@ -14,9 +14,11 @@ import msgspec
 
 from kvpoll_common.addresses import advertised, listen
 from kvpoll_common.grants import Grants
+from kvpoll_common.handshake import WRITER_NBYTES
 from kvpoll_common.outbox import Outbox
 from kvpoll_common.regions import check_ranges, check_region, describe, read_regions
-from kvpoll_fsm.errors import InvalidInput, MalformedMessage, TransportUnavailable
+from kvpoll_common.settings import settings_of
+from kvpoll_fsm.errors import InvalidInput, TransportUnavailable
 from kvpoll_fsm.spi import Capabilities, Completion, FenceKind, LeaseId, LinkDown, Range, Region
 from kvpoll_tcp.contexts import check_verifies, fingerprint_of
 from kvpoll_tcp.crew import Crew
@@ -26,7 +28,6 @@ from kvpoll_tcp.link import LinkStatus, TcpLink
 from kvpoll_tcp.receiver import Landing, Listener
 from kvpoll_tcp.settings import TcpSettings
 from kvpoll_tcp.watch import Watch
-from kvpoll_tcp.wire import WRITER_NBYTES
 
 __all__ = ["TcpTransport"]
 
@@ -63,7 +64,7 @@ class TcpTransport:
             AddressError: An address nobody could connect to.
             InvalidInput: A setting out of its range.
         """
-        self._settings = TcpSettings(**settings)
+        self._settings = settings_of(TcpSettings, settings)
         self._regions: dict[int, memoryview] = {}
         self._outbox = Outbox()
         self._watch = Watch()
@@ -152,7 +153,8 @@ class TcpTransport:
             InvalidInput: A descriptor cannot be read, or our TLS would verify nothing there.
             TransportUnavailable: One of us has TLS and the other has not.
         """
-        peer = _read_peer(descriptor, regions)
+        peer = read_descriptor(descriptor)
+        read_regions(regions, self.name)
         self._check_tls(peer)
         number = next(self._link_numbers)
         status = LinkStatus(number, self._outbox)
@@ -215,16 +217,3 @@ class TcpTransport:
         except (OSError, RuntimeError) as error:  # out of file descriptors or threads
             link.close()
             self._outbox.put(LinkDown(link.number, f"cannot start: {error}"))
-
-
-def _read_peer(descriptor: bytes, regions: Sequence[bytes]) -> Descriptor:
-    """Read what a peer sent.
-
-    Raises:
-        InvalidInput: It is not what a tcp transport sends.
-    """
-    read_regions(regions, TcpTransport.name)
-    try:
-        return read_descriptor(descriptor)
-    except (msgspec.DecodeError, MalformedMessage, RecursionError) as error:
-        raise InvalidInput(f"not the descriptors of a tcp transport: {error}") from error

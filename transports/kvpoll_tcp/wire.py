@@ -1,13 +1,6 @@
 """What travels over one connection. Numbers are little-endian; version 1.
 
-Opening, once. Nothing counts before both sides have proved that they know the secret of the descriptor:
-
-    sender -> receiver   Hello   8s magic "KVPOLTCP"  H version  16s incarnation meant  32s nonce  16s writer
-    receiver -> sender   Hello   8s magic "KVPOLTCP"  H version  16s incarnation found  32s nonce  16s zero
-    sender -> receiver   Proof   32s HMAC-SHA256(secret, role | sender's Hello | receiver's Hello)
-    receiver -> sender   Proof   the same for the other role
-
-The writer is the sending transport: all its connections give the same number, nobody else knows it. A token is
+Opening, once: as `kvpoll_common.handshake` has it, with the sender as the caller and the magic "KVPOLTCP". A token is
 good for the first writer that uses it. Where both ends have TLS, all of this is said inside it.
 
 Then frames, sender -> receiver, each at most 4 MiB of payload:
@@ -34,6 +27,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvpoll_common.handshake import Kind
 from kvpoll_fsm.errors import MalformedMessage
 
 __all__ = [
@@ -41,20 +35,17 @@ __all__ = [
     "ENTRY_NBYTES",
     "FRAME_NBYTES",
     "HEAD_NBYTES",
-    "HELLO_NBYTES",
+    "KIND",
     "MAX_ENTRIES",
     "MAX_OFFSET",
     "TOKEN_NBYTES",
-    "VERSION",
     "Ack",
     "Entry",
     "Head",
-    "Hello",
     "Verdict",
 ]
 
-VERSION = 1
-MAGIC = b"KVPOLTCP"
+KIND = Kind("tcp", b"KVPOLTCP", version=1)
 FRAME_MAGIC = 0x564B
 
 FRAME_NBYTES = 4 << 20
@@ -63,16 +54,11 @@ MAX_ENTRIES = 1024
 """Most entries of a frame: one call reads them into place (IOV_MAX)."""
 MAX_OFFSET = (1 << 63) - 1
 TOKEN_NBYTES = 16
-NONCE_NBYTES = 32
-INCARNATION_NBYTES = 16
-WRITER_NBYTES = 16
 
-_HELLO = struct.Struct(f"<8sH{INCARNATION_NBYTES}s{NONCE_NBYTES}s{WRITER_NBYTES}s")
 _HEAD = struct.Struct(f"<HBBIQIHH{TOKEN_NBYTES}s")
 _ENTRY = struct.Struct("<HHIQ")
 _ACK = struct.Struct("<HBBIQ")
 
-HELLO_NBYTES = _HELLO.size
 HEAD_NBYTES = _HEAD.size
 ENTRY_NBYTES = _ENTRY.size
 ACK_NBYTES = _ACK.size
@@ -104,32 +90,6 @@ _REASONS = {
     Verdict.out_of_range: "a write lies outside the ranges that the token admits",
     Verdict.revoked: "the receiver revoked the token while the bytes were arriving",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """How either side introduces itself."""
-
-    version: int
-    incarnation: bytes
-    nonce: bytes
-    writer: bytes = bytes(WRITER_NBYTES)
-
-    def pack(self) -> bytes:
-        """As bytes."""
-        return _HELLO.pack(MAGIC, self.version, self.incarnation, self.nonce, self.writer)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Hello:
-        """Read `HELLO_NBYTES` bytes.
-
-        Raises:
-            MalformedMessage: Somebody who does not speak this protocol.
-        """
-        magic, version, incarnation, nonce, writer = _HELLO.unpack(data)
-        if magic != MAGIC:
-            raise MalformedMessage("does not speak the kvpoll tcp protocol")
-        return cls(version, incarnation, nonce, writer)
 
 
 @dataclass(slots=True)

@@ -80,8 +80,13 @@ class Crowds(Base):
             link.submit([Write(0, n * 1000, n * 2000, 777)], each.rx.grant())
             for n, (link, each) in enumerate(zip(links, pairs, strict=True))
         ]
-        for each in pairs:
-            each.until(lambda: bench.tx.ends.keys() >= set(tickets), "the ends")
+
+        def all_ended() -> bool:
+            for other in others:
+                other.rx.pump()
+            return bench.tx.ends.keys() >= set(tickets)
+
+        bench.until(all_ended, "the ends")
         assert all(isinstance(bench.tx.ends[ticket], Done) for ticket in tickets)
         for n, each in enumerate(pairs):
             same([Write(0, n * 1000, n * 2000, 777)], bench.tx, each.rx)

@@ -36,6 +36,15 @@ class Forks(Base):
         self.get_through(pair, Write(0, 0, 0, 10))
 
     @forks
+    def test_a_forked_child_that_closes_a_link_changes_nothing(self, pair: Pair, link: Link) -> None:
+        """`Link.close` in a forked child does nothing to the parent's connection: no news, and writes get through."""
+        pair.done(link.submit([Write(0, 0, 0, 10)], pair.rx.grant()))
+        with self._child(link.close) as child:
+            until(lambda: _has_ended(child), "the child's end", self.within_s)
+            pair.done(link.submit([Write(0, 0, 0, 10)], pair.rx.grant()))
+        assert pair.tx.links[link.number] == [True]
+
+    @forks
     def test_a_forked_child_keeps_no_connection_open(self, pair: Pair, link: Link) -> None:
         """The parent's peers see the end of a transport although a forked child lives on."""
         told, tell = os.pipe()
