@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, SupportsIndex
 
+from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
 from kvpoll_fsm.errors import ForeignBlock, InvalidInput, RequestTooLarge
 from kvpoll_fsm.messages import MAX_BLOCKS_PER_GRANT, MAX_ROOM
 
-__all__ = ["grant_size", "plain_block_ids", "plain_integer"]
+__all__ = ["grant_size", "peer_address", "plain_block_ids", "plain_integer"]
+
+
+def peer_address(given: str | Address) -> Address:
+    """Where a peer can be reached.
+
+    Raises:
+        AddressError: It cannot be read, or nobody could reach it.
+    """
+    return _read(given) if isinstance(given, str) else Address.parse(given).require_reachable()
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> Address:
+    """Few peers are named, each for many rooms."""
+    return Address.parse(text).require_reachable()
 
 
 def plain_block_ids(pool: BlockPool, given: Iterable[SupportsIndex], at_least: int = 0) -> tuple[int, ...]:

@@ -9,14 +9,13 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex
 
 from kvpoll_fsm.address import Address
 from kvpoll_fsm.arena import BlockPool
-from kvpoll_fsm.arguments import grant_size, plain_integer
+from kvpoll_fsm.arguments import grant_size, peer_address, plain_integer
 from kvpoll_fsm.blocks import BlockLoad
 from kvpoll_fsm.configuration import settle
 from kvpoll_fsm.deadlines import Deadlines
@@ -265,7 +264,7 @@ class Endpoint:
         room = plain_integer("room", room, 0, MAX_ROOM)
         ranks = plain_integer("ranks", ranks, 1, MAX_RANKS)
         rank = plain_integer("rank", rank, 0, ranks - 1)
-        address = _reachable(peer) if isinstance(peer, str) else Address.parse(peer).require_reachable()
+        address = peer_address(peer)
         window = plain_integer("window", window, 1, 2)
         if window == 2 and (resume != "drain" or dummy):
             raise InvalidInput("window=2 goes with resume='drain', and a dummy rank has no use for it")
@@ -398,12 +397,6 @@ class Endpoint:
         engine = self.engine
         engine.sign.seen = True
         return engine.ask(question)
-
-
-@lru_cache(maxsize=64)
-def _reachable(peer: str) -> Address:
-    """A peer's address; few peers are named again and again."""
-    return Address.parse(peer).require_reachable()
 
 
 def _place(handle: Room) -> int | tuple[int, int]:

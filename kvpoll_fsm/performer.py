@@ -62,6 +62,7 @@ class Performer:
 
     def carry_out(self) -> None:
         """Carry out effects until there are none left."""
+        self._carriers.flush()  # what was submitted when a worker or a link answered, with nothing left to decide
         self._perform()
         self._core.flush()
         while self._perform():

@@ -42,14 +42,19 @@ def test_our_host_is_told_what_peers_are_told_before_they_are_told() -> None:
     """Whatever put it on its way before the room was through: a timer in the same turn, for one."""
     packet: Any = None
     told = [Transmit(7, packet), Do(KEY, CancelPart(0)), Transmit(8, packet)]
-    assert perform(told, [Changed(KEY)]) == ["do", "write", "show", "write", "tell", "send", "send"]
+    assert perform(told, [Changed(KEY)]) == ["write", "do", "write", "show", "write", "tell", "send", "send"]
 
 
 def test_nobody_is_told_where_there_is_nothing_to_tell() -> None:
-    assert perform([Do(KEY, CancelPart(0))], [Changed(KEY)]) == ["do", "write", "show", "write"]
+    assert perform([Do(KEY, CancelPart(0))], [Changed(KEY)]) == ["write", "do", "write", "show", "write"]
+
+
+def test_what_was_submitted_is_sent_where_there_is_nothing_to_decide() -> None:
+    """A worker has prepared a part, say: its writes are submitted before effects are asked for, and there are none."""
+    assert perform() == ["write"]
 
 
 def test_the_last_words_are_sent_before_the_connection_ends() -> None:
     packet: Any = None
     done = perform([Transmit(7, packet), Hangup(7), Changed(KEY)])
-    assert done == ["tell", "send", "hang_up", "hang_up", "show", "write"]
+    assert done == ["write", "tell", "send", "hang_up", "hang_up", "show", "write"]
