@@ -180,6 +180,10 @@ class Meter:
         else:
             self._received(session)
 
+    def forget(self, key: RoomKey) -> None:
+        """Nothing more is heard of a room; what it had asked for before it ended may have come after that."""
+        self._runs.pop(key, None)
+
     def report(self) -> dict[str, Any]:
         """What was counted, as plain data."""
         sides: dict[str, dict[str, Any]] = {"sent": {}, "received": {}}

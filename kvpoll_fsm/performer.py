@@ -150,3 +150,4 @@ class Performer:
         self._display.forget(key)
         self._outgoing.forget(key)
         self._incoming.forget(key)
+        self._meter.forget(key)

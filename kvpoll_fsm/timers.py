@@ -28,7 +28,7 @@ class _Timer(Struct, order=True, gc=False):
 
 
 class Timers:
-    """Timers by owner and name; setting one again replaces it.
+    """Timers by owner and name; setting one again replaces it. No owner is a name.
 
     Args:
         clock: Seconds, never going back.
@@ -38,7 +38,7 @@ class Timers:
         self._clock = clock
         self._serial = 0
         self._heap: list[_Timer] = []
-        self._of: dict[Hashable, _Timer] = {}
+        self._of: dict[Hashable, _Timer] = {}  # those without an owner, who may be many, by name
 
     def __len__(self) -> int:
         return sum(bool(timer.name) for timer in self._heap)
@@ -47,13 +47,15 @@ class Timers:
         """Fire `name` with `epoch` after `after_s` seconds."""
         self.cancel(name, owner)
         self._serial += 1
-        timer = _Timer(self._clock() + after_s, self._serial, owner, name, epoch, self._of.get(owner))
-        self._of[owner] = timer
+        place = name if owner is None else owner
+        timer = _Timer(self._clock() + after_s, self._serial, owner, name, epoch, self._of.get(place))
+        self._of[place] = timer
         heapq.heappush(self._heap, timer)
 
     def cancel(self, name: str, owner: Hashable = None) -> None:
         """Forget a timer; unknown ones are ignored."""
-        before, timer = None, self._of.get(owner)
+        place = name if owner is None else owner
+        before, timer = None, self._of.get(place)
         while timer is not None and timer.name != name:
             before, timer = timer, timer.other
         if timer is None:
@@ -61,9 +63,9 @@ class Timers:
         if before is not None:
             before.other = timer.other
         elif timer.other is not None:
-            self._of[owner] = timer.other
+            self._of[place] = timer.other
         else:
-            del self._of[owner]
+            del self._of[place]
         timer.name, timer.owner, timer.other = "", None, None
         if len(self._heap) > max(64, 8 * len(self._of)):
             self._heap = [each for each in self._heap if each.name]
@@ -71,7 +73,7 @@ class Timers:
 
     def left_s(self, name: str, owner: Hashable = None) -> float | None:
         """Seconds until a timer is due, or None if it is not set."""
-        timer = self._of.get(owner)
+        timer = self._of.get(name if owner is None else owner)
         while timer is not None and timer.name != name:
             timer = timer.other
         return None if timer is None else max(0.0, timer.due_s - self._clock())

@@ -44,7 +44,6 @@ class RoomView:
     """
 
     __slots__ = (
-        "__weakref__",
         "_bells",
         "_callbacks",
         "_places",

@@ -760,7 +760,7 @@ def leftovers(endpoint: Endpoint) -> dict[str, Any]:
             "tokens": into._exposed,
             "fences": into._fences,
             "destinations": into._destinations,
-            "timers": driver._timers._of.keys() - {None},
+            "timers": [owner for owner in driver._timers._of if not isinstance(owner, str)],
             "handles": endpoint._open,
             "leases": core.accounts.leases(),
             "queued": core.accounts.load().queued,
@@ -812,6 +812,19 @@ def test_pain_14_a_thousand_rooms_leave_nothing_behind() -> None:
         assert [transport._host._grants for transport in transports] == [{}, {}]  # type: ignore[attr-defined]
         assert len(tx.driver._timers._heap) + len(rx.driver._timers._heap) < 200
         assert (tx.load().free, rx.load().free) == (64, 256)
+
+
+def test_a_room_that_ends_before_what_it_ordered_is_carried_out_leaves_nothing_behind() -> None:
+    """Its receiver waits for it already, so its opening orders a preflight."""
+    with pair() as (tx, rx):
+        receiver = rx.receiver(1, peer=tx.address, tokens=16)
+        until(lambda: on_driver(tx, lambda: len(tx.driver.core.parking)), "the reservation")
+        with driver_stopped(tx):
+            tx.sender(1).clear()
+        assert failed(receiver).code is FailureCode.Aborted
+        until(lambda: not on_driver(tx, lambda: tx.driver.core.sessions), "the end")
+        on_driver(tx, lambda: None)
+        assert not tx.driver.meter._runs
 
 
 # Turns

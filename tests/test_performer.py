@@ -6,7 +6,6 @@ from typing import Any
 from kvpoll_fsm.commands import CancelPart
 from kvpoll_fsm.effects import Changed, Do, Hangup, Transmit
 from kvpoll_fsm.performer import Performer
-from kvpoll_fsm.poll import KVPoll
 from kvpoll_fsm.session import RoomKey
 
 KEY = RoomKey("sender", 1, 0, 1)

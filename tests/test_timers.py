@@ -100,6 +100,18 @@ def test_cancelled_timers_take_no_room_for_long() -> None:
     assert (len(timers), timers._heap) == (0, [])
 
 
+def test_timers_without_an_owner_are_not_searched_for_among_each_other() -> None:
+    """There may be one for each peer, all due at once: some thousands would keep the driver busy for seconds."""
+    timers, clock = make()
+    for n in range(1_000):
+        timers.set(f"breaker {n}", 1.0)
+    assert all(timer.other is None for timer in timers._heap)
+    timers.cancel("breaker 5")
+    assert len(timers._heap) == 1_000, "one that was cancelled is no reason to go through all"
+    clock.now += 1.0
+    assert len(timers.due()) == 999
+
+
 def test_each_owner_has_timers_of_its_own() -> None:
     timers, clock = make()
     for owner in ("a", "b"):

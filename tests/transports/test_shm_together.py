@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, Layout
+from kvpoll_fsm.jobs import SMALL_NBYTES
 from kvpoll_fsm.spi import Done, Failed, Gathers, Link, Write
 from kvpoll_fsm.testing.conformance.sides import Pair, Side
 from kvpoll_shm import ShmTransport, wire
@@ -67,6 +70,23 @@ def test_who_asks_for_completions_has_everything_sent(pair: Pair) -> None:
     link = up(pair)
     flush(pair)
     pair.done(link.submit([Write(0, 0, 0, 100)], pair.rx.grant()))
+
+
+def test_orders_that_wait_for_a_worker_wait_for_nothing_else() -> None:
+    """No message, timer or heartbeat comes after the worker's answer and would have them sent by chance."""
+    layout = Layout(block_tokens=1, fields=[Field("x", "uint8", (2 * SMALL_NBYTES,))])
+    deadlines = Deadlines(heartbeat_s=50, peer_lost_s=200, stall_s=40)
+    tx, rx = (
+        Endpoint(pool=BlockPool(layout, blocks=1), transports="shm", isolation="thread", deadlines=deadlines)
+        for _ in range(2)
+    )
+    with tx, rx:
+        for number in range(6):
+            sender, receiver = tx.sender(number), rx.receiver(number, peer=tx.address, tokens=1)
+            sender.send({"x": np.full((1, 2 * SMALL_NBYTES), number, np.uint8)})
+            assert (receiver.result(20)["x"] == number).all()
+            for room in (sender, receiver):
+                room.clear()
 
 
 @given(st.lists(st.integers(1, wire.MAX_ENTRIES), min_size=1, max_size=40))
