@@ -345,7 +345,7 @@ class Gathers(Protocol):
     """A transport that keeps what is submitted until the driver has no more for now, to send it in one go."""
 
     def flush(self) -> None:
-        """Send what was submitted since the last call. Comes once in every turn of the driver."""
+        """Send what was submitted since the last call. Comes in each turn of the driver, before it waits."""
         ...
 
 

@@ -65,6 +65,7 @@ def test_pain_01_given_up_by_a_host_while_the_receiver_is_slow(cluster: Cluster,
     settled(tx, rx)
 
 
+@pytest.mark.inside  # the SSL context is an object of the process that has the driver
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_given_up_while_records_wait_to_be_decrypted(cluster: Cluster, who: str) -> None:
     """With TLS bytes of the part are in this process too, read from the kernel and not yet in place."""

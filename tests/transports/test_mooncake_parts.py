@@ -36,6 +36,7 @@ from kvpoll_mooncake import transport as transport_module
 from kvpoll_mooncake.flight import CHUNK_NBYTES, MAX_OUTSTANDING, WINDOW_NBYTES, Flights, cut
 from kvpoll_mooncake.handshake import read_descriptor
 from kvpoll_mooncake.keeper import Keeper, Visit
+from kvpoll_mooncake.link import MooncakeLink
 from tests.transports import mooncake_raw as raw
 
 # Settings
@@ -156,6 +157,21 @@ def test_framing_without_acknowledgements_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MC_TCP_PROTO", "1")
     with pytest.raises(TransportUnavailable, match="MC_TCP_PROTO"):
         MooncakeTransport().start()
+
+
+# Forks
+
+
+def test_a_forked_child_that_closes_a_link_posts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Posting takes a lock and wakes the parent's thread; whoever held the lock at the fork is not in the child."""
+    post = Mock()
+    link = MooncakeLink(1, Mock(), {}, Outbox(), itertools.count(), post)
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 0)
+        link.close()
+    assert not post.called
+    link.close()
+    assert post.called
 
 
 # What is installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvpoll_common.outbox import Outbox
@@ -36,6 +37,7 @@ class MooncakeLink:
         self._outbox = outbox
         self._tickets = tickets
         self._post = post
+        self._pid = os.getpid()
 
     @property
     def number(self) -> int:
@@ -63,5 +65,9 @@ class MooncakeLink:
         self._post(lambda: self.lane.cancel(ticket))
 
     def close(self) -> None:
-        """End the link; tickets in flight end Failed. Returns at once and may be called twice."""
-        self._post(self.lane.close)
+        """End the link; tickets in flight end Failed. Returns at once and may be called twice.
+
+        Does nothing in a forked child: the lock that `post` takes may have been held at the fork.
+        """
+        if os.getpid() == self._pid:
+            self._post(self.lane.close)
