@@ -36,6 +36,11 @@ RESUMES = ("drain", "extend")
 GATES_WITH_BLOCKS = (Gate.queued, Gate.moving, Gate.waiting_outcome)
 
 
+def shared_by_rooms(host: Host) -> object:
+    """What concerns all rooms of a peer when it changes: a message for one of them may have them reconsider."""
+    return list(host.core.connections), host.core.breakers.key()
+
+
 class Stage(World):
     """A world whose peers may lie. The laws of one endpoint alone hold all the same.
 
@@ -95,11 +100,11 @@ class Stage(World):
 
     def _arrive(self, host: Host, delivery: Delivery) -> None:
         bystanders = {key: host.core.sessions[key].key() for key in not_meant(host, delivery.packet)}
-        connections = list(host.core.connections)
+        shared = shared_by_rooms(host)
         super()._arrive(host, delivery)
         for key, before in bystanders.items():
             session = self.lives[host.incarnation, key]
-            same = session.key() == before or list(host.core.connections) != connections
+            same = session.key() == before or shared_by_rooms(host) != shared
             assert same, f"{key} was changed by {delivery.packet}"
 
     # Laws
