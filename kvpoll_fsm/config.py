@@ -171,6 +171,8 @@ def _check_mover(nice: int, cpus: tuple[int, ...] | None) -> None:
 def _load_keys(keys: str | Path | None, authorized: str | Path | None) -> Keys | None:
     if (keys is None) is not (authorized is None):
         raise InvalidInput("keys= (our NAME.key_secret) and authorized= (folder of trusted .key files) go together")
+    if "" in (keys, authorized):
+        raise InvalidInput("keys= or authorized= is empty: name a file and a folder, or leave both out")
     return None if keys is None or authorized is None else Keys.load(keys, authorized)
 
 

@@ -59,6 +59,9 @@ class Resolved:
     unknown: tuple[str, ...]
 
 
+PROTECTING: tuple[Key, ...] = (("keys",), ("authorized",))
+
+
 def settle(settings: Mapping[str, Any], file: str | Path | None) -> Config:
     """What holds for an endpoint whose constructor was given these; None stands for "not given".
 
@@ -85,10 +88,14 @@ def resolve(settings: Mapping[str, Any], file: str | Path | None, environ: Mappi
 
 
 def _none_if_empty(key: Key, found: Given) -> Given:
-    """None itself is "not given" in a constructor, and cannot be said in a file or a variable."""
+    """None itself is "not given" in a constructor, and cannot be said in a file or a variable.
+
+    Keys are never taken away like this: a variable that happens to be empty must not.
+    """
     setting = SETTINGS.get(key)
     is_empty = isinstance(found.value, (str, list, tuple)) and not found.value
-    return Given(None, found.source) if is_empty and setting is not None and setting.default is None else found
+    may_be_none = setting is not None and setting.default is None and key not in PROTECTING
+    return Given(None, found.source) if is_empty and may_be_none else found
 
 
 # Where they come from

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvpoll_fsm import ConfigError, Deadlines, Endpoint, InvalidInput, Limits
-from kvpoll_fsm.configuration import FILE_VARIABLE, Given, Resolved, resolve
+from kvpoll_fsm.configuration import FILE_VARIABLE, PROTECTING, Given, Resolved, resolve
 from kvpoll_fsm.settings import SETTINGS
 from tests.helpers import pool
 
@@ -249,27 +249,37 @@ def test_a_secret_is_not_shown(file: Path) -> None:
 
 # Doing without
 
-NONE_BY_DEFAULT = [key for key, setting in SETTINGS.items() if setting.default is None]
+NONE_BY_DEFAULT = [key for key, setting in SETTINGS.items() if setting.default is None and key not in PROTECTING]
 
 
 def test_what_is_empty_is_none_again(file: Path) -> None:
     """Whichever place says so; a stronger one may."""
-    file.write_text(
-        'advertise = "tcp://h:1"\nmover_cpus = [0]\nkeys = "k"\nauthorized = "a"\ntrace = "t"\ncontrol_socket = "auto"'
-    )
+    file.write_text('advertise = "tcp://h:1"\nmover_cpus = [0]\ntrace = "t"\ncontrol_socket = "auto"')
     empty: dict[str, Any] = {key[0]: () if key[0] == "mover_cpus" else "" for key in NONE_BY_DEFAULT}
     resolved = resolve(empty, file, {})
-    assert len(NONE_BY_DEFAULT) == 6
+    assert len(NONE_BY_DEFAULT) == 4
     assert all(resolved.given[key] == Given(None, "constructor") for key in NONE_BY_DEFAULT)
-    assert (resolved.config.mover_cpus, resolved.config.keys, resolved.config.advertise) == (None, None, None)
+    assert (resolved.config.mover_cpus, resolved.config.advertise) == (None, None)
 
-    file.write_text('mover_cpus = []\nkeys = ""\ntrace = ""')
-    environ = {"KVPOLL_MOVER_CPUS": "0", "KVPOLL_KEYS": "k", "KVPOLL_TRACE": "t", "KVPOLL_CONTROL_SOCKET": ""}
+    file.write_text('mover_cpus = []\ntrace = ""')
+    environ = {"KVPOLL_MOVER_CPUS": "0", "KVPOLL_TRACE": "t", "KVPOLL_CONTROL_SOCKET": ""}
     resolved = resolve({}, file, environ)
     assert resolved.given["control_socket",] == Given(None, "variable KVPOLL_CONTROL_SOCKET")
-    assert {resolved.given[key,].source for key in ("mover_cpus", "keys", "trace")} == {f"file {file}"}
+    assert {resolved.given[key,].source for key in ("mover_cpus", "trace")} == {f"file {file}"}
     config = resolved.config
-    assert (config.mover_cpus, config.keys, config.trace, config.control_socket) == (None, None, None, None)
+    assert (config.mover_cpus, config.trace, config.control_socket) == (None, None, None)
+
+
+def test_keys_are_not_taken_away_by_what_is_empty(file: Path) -> None:
+    """Neither by a variable that expanded to nothing, nor by the constructor."""
+    keys = 'keys = "k"\nauthorized = "a"'
+    file.write_text(keys)
+    with pytest.raises(InvalidInput, match="is empty"):
+        resolve({"keys": "", "authorized": ""}, file, {})
+    with pytest.raises(ConfigError, match="is empty"):
+        resolve({}, None, {"KVPOLL_KEYS": "", "KVPOLL_AUTHORIZED": ""})
+    error = refused(file, 'keys = ""\nauthorized = ""')
+    assert (error.key, error.problem[:20]) == ("keys", "keys= or authorized="), error
 
 
 def test_what_is_not_none_by_default_is_not_so_when_empty(file: Path) -> None:
