@@ -17,7 +17,7 @@ from kvpoll_fsm import BlockPool, Deadlines, Endpoint, Field, Layout
 __all__ = ["measure"]
 
 IDLE_S = 1.0
-TURNS, BATCHES = 200, 5
+TURNS = 200
 DAY_S = 86_400.0
 
 
@@ -43,17 +43,13 @@ def measure(results: Results, rooms: tuple[int, ...]) -> Iterator[None]:
 
 
 def _tick(results: Results, endpoint: Endpoint, rooms: int) -> None:
-    """The driver left alone, and asked questions: the best of some batches, since all else only adds to a turn."""
+    """The driver left alone, and asked questions."""
     cpu_s = meters.cpu_s()
     time.sleep(IDLE_S)
     results.numbers[f"idle processor share, {rooms} rooms"] = (meters.cpu_s() - cpu_s) / IDLE_S
-    results.numbers[f"turn of the driver, {rooms} rooms"] = min(_turn_s(endpoint) for _ in range(BATCHES))
-
-
-def _turn_s(endpoint: Endpoint) -> float:
     turns = []
     for _ in range(TURNS):
         started_s = time.perf_counter()
         endpoint.load()
         turns.append(time.perf_counter() - started_s)
-    return statistics.median(turns)
+    results.numbers[f"turn of the driver, {rooms} rooms"] = statistics.median(turns)
