@@ -124,8 +124,10 @@ def test_a_connection_given_up_fails_the_other_parts_on_it_with_a_reason(cluster
     for room in (1, 2):
         tx("sender", room=room)
         rx("receiver", room=room, peer=tx.address, tokens=TOKENS)
-        tx("send", room=room, tokens=TOKENS)
+    tx("send", room=1, tokens=TOKENS)
     assert rx("until_landing", room=1)
+    tx("send", room=2, tokens=TOKENS)  # behind it
+    assert tx("until_tickets", count=2)
     rx.stop()
     tx("abort", side="sender", room=1)
     assert tx("until_links", count=0)

@@ -228,6 +228,11 @@ class FenceHost(Host):
         else:
             threading.Thread(target=overwrite, name="overwrites", daemon=True).start()
 
+    def until_tickets(self, count: int, name: str = "main", timeout: float = 10.0) -> bool:
+        """Wait until so many writes of this sender are under way."""
+        outgoing = self.endpoints[name].driver.outgoing
+        return _await(lambda: len(outgoing._by_ticket) == count, timeout)
+
     def until_overwritten(self, room: int, timeout: float = 10.0) -> bool:
         return _await(lambda: room in self.overwritten, timeout)
 
